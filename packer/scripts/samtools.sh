@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# htslib (with bgzip and tabix) and samtools, in /usr/local.
+# shellcheck source=packer/scripts/common.sh
+. "${SOURCES:=/tmp}/scripts/common.sh"
+
+prefix="${PREFIX:-/usr/local}"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+
+build() { # name version sha256 configure-options...
+  local name=$1 version=$2 sha256=$3
+  shift 3
+  fetch "https://github.com/samtools/$name/releases/download/$version/$name-$version.tar.bz2" "$sha256" "$name.tar.bz2"
+  tar -xjf "$name.tar.bz2"
+  (
+    cd "$name-$version"
+    ./configure --prefix="$prefix" "$@"
+    make -j "$(nproc)"
+    make install
+  ) >"$name.log" 2>&1 || {
+    tail -n 50 "$name.log" >&2
+    fail "$name $version cannot be built."
+  }
+}
+
+build htslib "$HTSLIB_VERSION" "$HTSLIB_SHA256"
+build samtools "$SAMTOOLS_VERSION" "$SAMTOOLS_SHA256" --with-htslib="$prefix" LDFLAGS="-Wl,-rpath,$prefix/lib"
+
+if [ "$prefix" = /usr/local ]; then
+  echo /usr/local/lib >/etc/ld.so.conf.d/local.conf
+  ldconfig
+fi
