@@ -1,0 +1,164 @@
+"""What MiniStack's Lambda lacks, so that a function runs here as it would there.
+
+- Its environment: what Lambda gives, the function's own variables, the role's credentials, AWS_ENDPOINT_URL and
+  nothing else. MiniStack hands on its own environment.
+- Its package: a bootstrap that was built for another architecture than the function declares, or that this machine
+  cannot run, is refused when the function is created. A script as bootstrap may run anywhere.
+- Its role: one that Lambda may not assume is refused.
+- Its log: in the log group that it is told, in one stream for each process, whose name the process knows; written with
+  the role's permissions, so that a role without them leaves no log (but a line in POST /_hail/refused).
+- Deleting a function ends its processes.
+
+Only provided.* runtimes are run. There is no sandbox: a process has the machine's file system and no memory limit.
+"""
+
+import io
+import os
+import platform
+import threading
+import time
+import zipfile
+
+from ministack.core import lambda_runtime
+from ministack.core.responses import get_account_id, get_region, new_uuid
+from ministack.services import cloudwatch_logs, lambda_svc
+from ministack.services.cloudformation import provisioners
+
+from . import iam
+from .events import refused
+
+# e_machine in the header of an ELF file.
+MACHINES = {0x3E: "x86_64", 0xB7: "arm64"}
+HERE = {"aarch64": "arm64"}.get(platform.machine(), platform.machine())
+
+# The log stream of the process that the current thread starts or has just used.
+current = threading.local()
+
+
+def install():
+    lambda_svc._provided_worker_env = environment
+    lambda_svc._emit_lambda_logs = write_log
+    lambda_runtime.ProvidedWorker._spawn = spawn
+    lambda_runtime.ProvidedWorker.invoke = invoke
+    handler = provisioners._RESOURCE_HANDLERS["AWS::Lambda::Function"]
+    handler["create"] = create
+    handler["update"] = update
+    handler["delete"] = delete
+
+
+def create(logical_id, props, stack_name):
+    name, attributes = provisioners._lambda_create(logical_id, props, stack_name)
+    try:
+        check(lambda_svc._functions[name])
+    except ValueError:
+        delete(name, props)
+        raise
+    return name, attributes
+
+
+def update(name, old, new, stack_name, logical_id=None):
+    updated = provisioners._lambda_update(name, old, new, stack_name, logical_id)
+    check(lambda_svc._functions[updated[0]])
+    return updated
+
+
+def delete(name, props):
+    lambda_svc.invalidate_worker(name, account=get_account_id(), region=get_region())
+    provisioners._lambda_delete(name, props)
+
+
+def check(function):
+    """Raises ValueError for a function that AWS would not run, or that cannot be run here."""
+    config = function["config"]
+    name, runtime, (declared,) = config["FunctionName"], config["Runtime"], config["Architectures"]
+    if not runtime.startswith("provided"):
+        raise ValueError(f"function {name}: the local AWS runs provided.* functions only, not {runtime}")
+    if not iam.trusts(config["Role"], "lambda.amazonaws.com"):
+        raise ValueError(f"The role defined for the function cannot be assumed by Lambda: {config['Role']}")
+    try:
+        with zipfile.ZipFile(io.BytesIO(function["code_zip"] or b"")) as package, package.open("bootstrap") as file:
+            header = file.read(20)
+    except (zipfile.BadZipFile, KeyError):
+        raise ValueError(f"function {name}: its package is not a zip with a bootstrap at the root") from None
+    if header.startswith(b"\x7fELF"):
+        built = MACHINES.get(int.from_bytes(header[18:20], "little"), "another machine")
+        if built != declared:
+            raise ValueError(f"function {name}: its bootstrap is built for {built}, but it declares {declared}")
+        if built != HERE:
+            raise ValueError(
+                f"function {name}: this {HERE} machine cannot run a bootstrap that is built for {built}; build the "
+                f"functions for {HERE} and deploy with FunctionArchitecture={HERE}"
+            )
+    elif not header.startswith(b"#!"):
+        raise ValueError(f"function {name}: its bootstrap is neither an ELF executable nor a script")
+
+
+def environment(config, code_dir, port):
+    """The environment of a new process, as the Lambda developer guide lists it."""
+    current.stream = f"{time.strftime('%Y/%m/%d', time.gmtime())}/[$LATEST]{new_uuid().replace('-', '')}"
+    return {
+        "PATH": "/usr/local/bin:/usr/bin:/bin:/opt/bin",
+        "LANG": "en_US.UTF-8",
+        "TZ": ":UTC",
+        "_HANDLER": config["Handler"],
+        "LAMBDA_TASK_ROOT": code_dir,
+        "LAMBDA_RUNTIME_DIR": "/var/runtime",
+        "AWS_REGION": get_region(),
+        "AWS_DEFAULT_REGION": get_region(),
+        "AWS_LAMBDA_RUNTIME_API": f"127.0.0.1:{port}",
+        "AWS_LAMBDA_INITIALIZATION_TYPE": "on-demand",
+        "AWS_LAMBDA_FUNCTION_NAME": config["FunctionName"],
+        "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": str(config["MemorySize"]),
+        "AWS_LAMBDA_FUNCTION_VERSION": config["Version"],
+        "AWS_LAMBDA_LOG_GROUP_NAME": log_group(config),
+        "AWS_LAMBDA_LOG_STREAM_NAME": current.stream,
+        **lambda_runtime.execution_credentials(config),
+        **lambda_svc._runtime_env_vars(config),
+        "AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"],
+    }
+
+
+def log_group(config):
+    return (config.get("LoggingConfig") or {}).get("LogGroup") or f"/aws/lambda/{config['FunctionName']}"
+
+
+stock_spawn = lambda_runtime.ProvidedWorker._spawn
+stock_invoke = lambda_runtime.ProvidedWorker.invoke
+
+
+def spawn(worker, *arguments, **options):
+    stock_spawn(worker, *arguments, **options)
+    worker.log_stream = current.stream
+
+
+def invoke(worker, *arguments, **options):
+    result = stock_invoke(worker, *arguments, **options)
+    current.stream = worker.log_stream
+    return result
+
+
+def write_log(function, request_id, text, error, duration_ms, *, log_source=None):
+    """What Lambda writes into the function's log stream for one invocation."""
+    config = function.get("config") or function
+    name = log_group(config)
+    arn = f"arn:aws:logs:{get_region()}:{get_account_id()}:log-group:{name}"
+    stream = getattr(current, "stream", "unknown")
+    group = cloudwatch_logs._log_groups.get(name)
+    for action, resource in (
+        ("logs:CreateLogStream", f"{arn}:*"),
+        ("logs:PutLogEvents", f"{arn}:log-stream:{stream}"),
+    ):
+        if group is None or not iam.allows(config["Role"], action, resource):
+            lacks = action if group else "the log group, which does not exist"
+            refused.append({"What": "log", "Of": config["FunctionName"], "Into": name, "Lacks": lacks})
+            return
+    now = int(time.time() * 1000)
+    lines = [
+        f"START RequestId: {request_id} Version: {config['Version']}",
+        *text.splitlines(),
+        f"END RequestId: {request_id}",
+        f"REPORT RequestId: {request_id}\tDuration: {duration_ms} ms\tMemory Size: {config['MemorySize']} MB",
+    ]
+    cloudwatch_logs._create_log_stream({"logGroupName": name, "logStreamName": stream})
+    events = [{"timestamp": now, "message": line, "ingestionTime": now} for line in lines]
+    cloudwatch_logs._append_log_events(group["streams"][stream], events)
