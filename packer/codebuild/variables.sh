@@ -39,9 +39,9 @@ PYTHON
   . ./versions.env
   local build=${CODEBUILD_BUILD_ID##*:}
   AMI_NAME="$AMI_NAME-$(date -u +%Y%m%d)-${build:0:8}"
-  # EMR takes 15 to 100 GiB; the two caches of VEP and what they are unpacked from need most of that.
+  # EMR takes 15 to 100 GiB, and 15 is what it gives a cluster that asks for no size; two caches of VEP need the rest.
   if [ -z "${ROOT_VOLUME_SIZE:-}" ]; then
-    if [ "$VEP_VERSION" = none ]; then ROOT_VOLUME_SIZE=20; else ROOT_VOLUME_SIZE=100; fi
+    if [ "$VEP_VERSION" = none ]; then ROOT_VOLUME_SIZE=15; else ROOT_VOLUME_SIZE=100; fi
   fi
 
   export AMI_NAME PKR_VAR_spark_version PKR_VAR_python_version

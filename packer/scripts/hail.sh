@@ -10,7 +10,7 @@ requirements="$SOURCES/requirements/hail-$HAIL_VERSION.txt"
 
 # pyspark is built from source, in an environment whose build tools follow the same pins.
 "python$PYTHON_VERSION" -m venv "$prefix"
-PIP_CONSTRAINT="$requirements" "$prefix/bin/python" -m pip install --disable-pip-version-check --no-cache-dir --requirement "$requirements" ||
+PIP_CONSTRAINT="$requirements" "$prefix/bin/python" -m pip install --disable-pip-version-check --no-cache-dir --progress-bar off --requirement "$requirements" ||
   fail "Hail $HAIL_VERSION cannot be installed from PyPI."
 
 # Where spark.jars and the class paths of the clusters point, whatever the version of Python.

@@ -39,6 +39,7 @@ PYTHON
 
 if [ "$VEP_VERSION" != none ]; then
   found=$(/opt/vep/ensembl-vep/vep --help | awk '$1 == "ensembl-vep" { print $3 }')
+  PERL5LIB=/opt/vep/ensembl-vep perl -MBio::DB::HTS -MJSON -e 1 || fail "VEP cannot read its cache or write JSON."
   expect "VEP" "$VEP_VERSION" "${found%%.*}"
   for build in GRCh37 GRCh38; do
     [ -f "/opt/vep/cache/homo_sapiens/${VEP_VERSION}_$build/info.txt" ] || fail "the VEP cache of $build is missing."
