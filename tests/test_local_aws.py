@@ -838,3 +838,453 @@ def test_a_policy_that_asks_for_tls_lets_requests_through(client):
     refuse["Condition"] = {"Bool": {"aws:SecureTransport": "false"}}
     s3.put_bucket_policy(Bucket="tls-only", Policy=json.dumps({"Version": "2012-10-17", "Statement": [refuse]}))
     s3.put_object(Bucket="tls-only", Key="a", Body=b"")
+
+
+# Builds
+
+
+@pytest.fixture
+def project(client, service_role):
+    """A project whose builds can succeed: its source is in S3, its role may read it and write the log."""
+    s3, codebuild = client("s3"), client("codebuild")
+    s3.create_bucket(Bucket="sources")
+    package = io.BytesIO()
+    with zipfile.ZipFile(package, "w") as archive:
+        archive.writestr("buildspec.yml", "env: {exported-variables: [AMI_ID, AMI_NAME]}\n")
+    s3.put_object(Bucket="sources", Key="packer.zip", Body=package.getvalue())
+    allowed = statement(["s3:GetObject", "logs:CreateLogGroup", "logs:CreateLogStream", "logs:PutLogEvents"])
+    yield codebuild.create_project(
+        name="ami",
+        source={"type": "S3", "location": "sources/packer.zip"},
+        artifacts={"type": "NO_ARTIFACTS"},
+        environment={
+            "type": "LINUX_CONTAINER",
+            "image": "aws/codebuild/amazonlinux2-x86_64-standard:5.0",
+            "computeType": "BUILD_GENERAL1_SMALL",
+            "environmentVariables": [{"name": "AMI_NAME", "value": "default"}, {"name": "OTHER", "value": "kept"}],
+        },
+        serviceRole=service_role("codebuild", allowed),
+    )["project"]
+    codebuild.delete_project(name="ami")
+
+
+def ended(client, build):
+    def look():
+        found = client("codebuild").batch_get_builds(ids=[build["id"]])["builds"][0]
+        return found if found["buildComplete"] else None
+
+    return eventually(look)
+
+
+def overrides(**values):
+    return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def test_a_build_takes_time_and_ends_in_a_tagged_image(project, client, aws, seen):
+    details = seen({"source": ["aws.codebuild"], "detail-type": ["CodeBuild Build State Change"]})
+    aws.control("builds", seconds=0.5, log=["==> installing Hail"])
+    asked = overrides(AMI_NAME="hail", HAIL_VERSION="0.2.139")
+    build = client("codebuild").start_build(projectName="ami", environmentVariablesOverride=asked)["build"]
+    assert (build["buildStatus"], build["buildComplete"]) == ("IN_PROGRESS", False)
+    done = ended(client, build)
+    assert done["buildStatus"] == "SUCCEEDED"
+    variables = {v["name"]: v["value"] for v in done["environment"]["environmentVariables"]}
+    assert variables == {"AMI_NAME": "hail", "OTHER": "kept", "HAIL_VERSION": "0.2.139"}
+    exported = {v["name"]: v["value"] for v in done["exportedEnvironmentVariables"]}
+    (image,) = client("ec2").describe_images(ImageIds=[exported["AMI_ID"]])["Images"]
+    assert image["Name"] == exported["AMI_NAME"].strip() and image["Name"].startswith("hail-")
+    assert {"Key": "hail-version", "Value": "0.2.139"} in image["Tags"]
+    assert image["CreationDate"]
+    log = client("logs").get_log_events(logGroupName=done["logs"]["groupName"], logStreamName=done["logs"]["streamName"])
+    assert log["events"][0]["message"] == "==> installing Hail\n"
+    assert done["id"].endswith(done["logs"]["streamName"])
+    started, finished = eventually(lambda: len(found := details()) == 2 and found)
+    assert [started["build-status"], finished["build-status"]] == ["IN_PROGRESS", "SUCCEEDED"]
+    assert (finished["project-name"], finished["build-id"]) == ("ami", build["arn"])
+    more = finished["additional-information"]
+    assert more["logs"]["stream-name"] == done["logs"]["streamName"]
+    assert more["exported-environment-variables"] == done["exportedEnvironmentVariables"]
+
+
+def test_a_build_fails_where_it_is_told_to(project, client, aws):
+    aws.control("builds", seconds=0.1, outcome="FAILED", phase="PRE_BUILD", log=["E: no such package"])
+    done = ended(client, client("codebuild").start_build(projectName="ami")["build"])
+    failed = [phase for phase in done["phases"] if phase.get("phaseStatus") == "FAILED"]
+    assert [phase["phaseType"] for phase in failed] == ["PRE_BUILD"]
+    assert failed[0]["contexts"][0]["statusCode"] == "COMMAND_EXECUTION_ERROR"
+    assert done["exportedEnvironmentVariables"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "phase", "reason"),
+    [
+        ({"source": {"type": "S3", "location": "sources/none.zip"}}, "DOWNLOAD_SOURCE", "key does not exist"),
+        ({"source": {"type": "S3", "location": "sources/packer.zip", "buildspec": "b.yml"}}, "DOWNLOAD_SOURCE", "b.yml"),
+        ({"serviceRole": []}, "SUBMITTED", "does not allow logs:"),
+        ({"serviceRole": ["logs:*"]}, "DOWNLOAD_SOURCE", "may not s3:GetObject"),
+    ],
+)
+def test_a_build_fails_like_a_real_one_without_its_source_or_permissions(project, client, service_role, change, phase, reason):
+    if "serviceRole" in change:
+        change = {"serviceRole": service_role("codebuild", statement(["none:None", *change["serviceRole"]]))}
+    client("codebuild").update_project(name="ami", **change)
+    done = ended(client, client("codebuild").start_build(projectName="ami")["build"])
+    failed = [found for found in done["phases"] if found.get("phaseStatus") == "FAILED"]
+    assert [found["phaseType"] for found in failed] == [phase]
+    assert reason in failed[0]["contexts"][0]["message"]
+
+
+def test_a_build_is_stopped_and_stays_stopped(project, client, aws):
+    aws.control("builds", seconds=0.5)
+    codebuild = client("codebuild")
+    build = codebuild.start_build(projectName="ami")["build"]
+    assert codebuild.stop_build(id=build["arn"])["build"]["buildStatus"] == "STOPPED"
+    time.sleep(0.7)
+    found = codebuild.batch_get_builds(ids=[build["arn"], "ami:none"])
+    assert found["builds"][0]["buildStatus"] == "STOPPED"
+    assert found["buildsNotFound"] == ["ami:none"]
+    assert client("ec2").describe_images(Filters=[{"Name": "name", "Values": ["default-*"]}])["Images"] == []
+
+
+def test_an_idempotency_token_starts_one_build(project, client):
+    codebuild = client("codebuild")
+    first, again = (codebuild.start_build(projectName="ami", idempotencyToken="t")["build"]["id"] for _ in range(2))
+    assert first == again
+    with pytest.raises(ClientError, match="used with other parameters"):
+        codebuild.start_build(projectName="ami", idempotencyToken="t", environmentVariablesOverride=overrides(A="1"))
+    newest = codebuild.start_build(projectName="ami")["build"]["id"]
+    assert codebuild.list_builds_for_project(projectName="ami")["ids"][:2] == [newest, first]
+
+
+def test_a_build_override_that_is_not_simulated_is_refused(project, client):
+    with pytest.raises(ClientError, match="does not override imageOverride"):
+        client("codebuild").start_build(projectName="ami", imageOverride="other")
+
+
+def test_a_project_of_a_template_keeps_what_it_was_given(stack, client):
+    properties = {
+        "Source": {"Type": "S3", "Location": "sources/packer.zip"},
+        "Artifacts": {"Type": "NO_ARTIFACTS"},
+        "Environment": {
+            "Type": "LINUX_CONTAINER",
+            "Image": "aws/codebuild/amazonlinux2-x86_64-standard:5.0",
+            "ComputeType": "BUILD_GENERAL1_SMALL",
+            "EnvironmentVariables": [{"Name": "A", "Value": "1"}],
+        },
+        "ServiceRole": get("Role", "Arn"),
+        "TimeoutInMinutes": "180",
+        "ConcurrentBuildLimit": 1,
+        "LogsConfig": {"CloudWatchLogs": {"Status": "ENABLED", "GroupName": "builds"}},
+    }
+    resource = {"Type": "AWS::CodeBuild::Project", "Properties": properties}
+    done = stack({"Role": role("codebuild"), "Project": resource}, Outputs={"Name": {"Value": ref("Project")}})
+    (made,) = client("codebuild").batch_get_projects(names=[done["Outputs"][0]["OutputValue"]])["projects"]
+    assert (made["timeoutInMinutes"], made["concurrentBuildLimit"]) == (180, 1)
+    assert made["logsConfig"]["cloudWatchLogs"]["groupName"] == "builds"
+    assert made["environment"]["environmentVariables"] == [{"name": "A", "value": "1"}]
+    properties["Source"]["Unknown"] = "x"
+    stack({"Role": role("codebuild"), "Project": resource})
+    assert "source.unknown is unknown to AWS" in stack.reasons()
+
+
+# Images and their parameters
+
+
+def test_a_parameter_of_type_image_must_name_one(client, as_role):
+    image = client("ec2").register_image(Name="an image", RootDeviceName="/dev/xvda")["ImageId"]
+    ssm = client("ssm")
+    put = {"Type": "String", "DataType": "aws:ec2:image", "Overwrite": True}
+    ssm.put_parameter(Name="/image", Value=image, **put)
+    with pytest.raises(ClientError, match="is not the id of an image"):
+        ssm.put_parameter(Name="/image", Value="latest", **put)
+    limited = as_role("ssm", statement("ssm:PutParameter"))
+    with pytest.raises(ClientError, match="ec2:DescribeImages"):
+        limited.put_parameter(Name="/image", Value=image, **put)
+    client("ec2").deregister_image(ImageId=image)
+    with pytest.raises(ClientError, match="does not exist"):
+        ssm.put_parameter(Name="/image", Value=image, **put)
+
+
+# Clusters
+
+
+@pytest.fixture
+def cluster(client, aws):
+    """The resources of a cluster."""
+    aws.control("clusters", seconds=0.1)
+    aws.control("steps", seconds=0.1)
+    vpc, subnet, _ = network(client)
+    image = client("ec2").describe_images(Filters=[{"Name": "name", "Values": ["amzn2-ami-*"]}])["Images"][0]["ImageId"]
+
+    def resources(groups=True, **properties):
+        instances = {
+            "Ec2SubnetId": subnet,
+            "MasterInstanceGroup": {"InstanceCount": 1, "InstanceType": "m5.xlarge", "Name": "Primary"},
+            "CoreInstanceGroup": {"InstanceCount": "2", "InstanceType": "m5.xlarge"},
+        }
+        instances["CoreInstanceGroup"]["EbsConfiguration"] = {
+            "EbsBlockDeviceConfigs": [{"VolumeSpecification": {"SizeInGB": "100", "VolumeType": "gp3"}}]
+        }
+        added = {}
+        if groups:
+            group = {"Type": "AWS::EC2::SecurityGroup", "Properties": {"GroupDescription": "x", "VpcId": vpc}}
+            added = {"Primary": group, "Core": group}
+            instances["EmrManagedMasterSecurityGroup"] = ref("Primary")
+            instances["EmrManagedSlaveSecurityGroup"] = ref("Core")
+        return {
+            **added,
+            "Service": role("elasticmapreduce"),
+            "Node": role("ec2"),
+            "Profile": {"Type": "AWS::IAM::InstanceProfile", "Properties": {"Roles": [ref("Node")]}},
+            "Cluster": {
+                "Type": "AWS::EMR::Cluster",
+                "Properties": {
+                    "Name": "hail",
+                    "ReleaseLabel": "emr-7.13.0",
+                    "CustomAmiId": image,
+                    "Instances": instances,
+                    "JobFlowRole": ref("Profile"),
+                    "ServiceRole": ref("Service"),
+                    "Configurations": [{"Classification": "spark", "ConfigurationProperties": {"a": "b"}}],
+                    **properties,
+                },
+            },
+        }
+
+    return resources
+
+
+def cluster_of(done):
+    return next(output["OutputValue"] for output in done["Outputs"] if output["OutputKey"] == "Id")
+
+
+ID = {"Id": {"Value": ref("Cluster")}, "Dns": {"Value": get("Cluster", "MasterPublicDNS")}}
+
+
+def test_a_cluster_of_a_template_is_waiting_and_described(stack, cluster, client):
+    done = stack(cluster(groups=False), Outputs=ID)
+    assert done["StackStatus"] == "CREATE_COMPLETE", stack.reasons()
+    emr = client("emr")
+    made = emr.describe_cluster(ClusterId=cluster_of(done))["Cluster"]
+    assert made["Status"]["State"] == "WAITING"
+    assert made["CustomAmiId"].startswith("ami-")
+    assert made["Configurations"] == [{"Classification": "spark", "Properties": {"a": "b"}}]
+    assert {tag["Key"] for tag in made["Tags"]} >= {"aws:cloudformation:stack-name"}
+    core = emr.list_instance_groups(ClusterId=made["Id"])["InstanceGroups"][1]
+    assert (core["RequestedInstanceCount"], core["EbsBlockDevices"][0]["VolumeSpecification"]["SizeInGB"]) == (2, 100)
+
+
+def test_policies_and_tags_are_updated_in_place_and_the_rest_replaces_the_cluster(stack, cluster, client):
+    first = cluster_of(stack(cluster(groups=False), Outputs=ID))
+    policy = {"AutoTerminationPolicy": {"IdleTimeout": "3600"}, "StepConcurrencyLevel": 2}
+    assert cluster_of(stack(cluster(groups=False, **policy), Outputs=ID)) == first
+    emr = client("emr")
+    assert emr.get_auto_termination_policy(ClusterId=first)["AutoTerminationPolicy"] == {"IdleTimeout": 3600}
+    emr.remove_auto_termination_policy(ClusterId=first)
+    assert "AutoTerminationPolicy" not in emr.get_auto_termination_policy(ClusterId=first)
+    limits = {"UnitType": "Instances", "MinimumCapacityUnits": 1, "MaximumCapacityUnits": 4}
+    emr.put_managed_scaling_policy(ClusterId=first, ManagedScalingPolicy={"ComputeLimits": limits})
+    assert emr.get_managed_scaling_policy(ClusterId=first)["ManagedScalingPolicy"]["ComputeLimits"] == limits
+    second = cluster_of(stack(cluster(groups=False, ReleaseLabel="emr-7.12.0", **policy), Outputs=ID))
+    assert second != first
+    assert emr.describe_cluster(ClusterId=first)["Cluster"]["Status"]["State"] == "TERMINATED"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"CustomAmiId": "ami-0000000000000000a"}, "image 'ami-0000000000000000a' does not exist"),
+        ({"JobFlowRole": "none"}, "Invalid InstanceProfile: none"),
+        ({"ServiceRole": ref("Node")}, "EMR may not assume it"),
+        ({"ManagedScalingPolicy": {"ComputeLimits": {"Units": 1}}}, "ComputeLimits.Units is unknown to AWS"),
+    ],
+)
+def test_a_cluster_of_what_does_not_exist_is_refused(stack, cluster, change, reason):
+    assert stack(cluster(groups=False, **change))["StackStatus"] == "ROLLBACK_COMPLETE"
+    assert reason in stack.reasons()
+
+
+def test_the_rules_that_emr_adds_keep_groups_from_being_deleted(stack, cluster, client):
+    stack(cluster(), Outputs=ID)
+    client("cloudformation").delete_stack(StackName=stack.named)
+    assert "has a dependent object" in stack.reasons()
+    for group in client("ec2").describe_security_groups()["SecurityGroups"]:
+        if group["GroupName"].startswith(stack.named):
+            client("ec2").revoke_security_group_ingress(GroupId=group["GroupId"], IpPermissions=group["IpPermissions"])
+
+
+def test_rules_of_a_template_between_two_groups_are_deleted_with_it(stack, cluster, client):
+    def between(group, source, protocol, first, last):
+        properties = {"GroupId": ref(group), "SourceSecurityGroupId": ref(source), "IpProtocol": protocol}
+        properties |= {"FromPort": first, "ToPort": last}
+        return {"Type": "AWS::EC2::SecurityGroupIngress", "Properties": properties}
+
+    rules = {
+        f"{group}From{source}{protocol.title()}": between(group, source, protocol, first, last)
+        for group in ("Primary", "Core")
+        for source in ("Primary", "Core")
+        for protocol, first, last in (("tcp", 0, 65535), ("udp", 0, 65535), ("icmp", -1, -1))
+    }
+    resources = cluster() | rules
+    resources["Cluster"]["DependsOn"] = list(rules)
+    assert stack(resources, Outputs=ID)["StackStatus"] == "CREATE_COMPLETE"
+    client("cloudformation").delete_stack(StackName=stack.named)
+    with pytest.raises(ClientError, match="does not exist"):
+        client("cloudformation").describe_stacks(StackName=stack.named)
+
+
+# Steps
+
+
+def step(name, on_failure="CONTINUE"):
+    jar = {"Jar": "command-runner.jar", "Args": ["bash", "-c", "true", name]}
+    return {"Name": name, "ActionOnFailure": on_failure, "HadoopJarStep": jar}
+
+
+@pytest.fixture
+def live_cluster(stack, cluster, function, client):
+    """The id of a cluster, and the step events that a function saw."""
+    pattern = {"source": ["aws.emr"], "detail-type": ["EMR Step Status Change"]}
+    watched = cluster(groups=False) | function() | rule(pattern)
+    done = stack(watched, Outputs=ID | {"Log": {"Value": ref("Log")}})
+    group = next(output["OutputValue"] for output in done["Outputs"] if output["OutputKey"] == "Log")
+    return cluster_of(done), lambda: [event["detail"] for event in logged(client, group)]
+
+
+def test_steps_run_one_after_another_and_fail_as_told(live_cluster, client, aws):
+    cluster_id, details = live_cluster
+    aws.control("steps", seconds=0.3, fail={"second": "no space left"})
+    emr = client("emr")
+    ids = emr.add_job_flow_steps(JobFlowId=cluster_id, Steps=[step("first"), step("second"), step("third")])["StepIds"]
+    states = [found["Status"]["State"] for found in emr.list_steps(ClusterId=cluster_id)["Steps"]]
+    assert states == ["PENDING", "PENDING", "RUNNING"]
+    cancelled = emr.cancel_steps(ClusterId=cluster_id, StepIds=[ids[2]])["CancelStepsInfoList"]
+    assert cancelled == [{"StepId": ids[2], "Status": "SUBMITTED"}]
+    last = {"COMPLETED", "FAILED", "CANCELLED"}
+    seen = eventually(lambda: len(found := [d for d in details() if d["state"] in last]) == 3 and found)
+    assert {detail["name"]: detail["state"] for detail in seen} == {
+        "first": "COMPLETED", "second": "FAILED", "third": "CANCELLED",
+    }  # fmt: skip
+    assert {detail["clusterId"] for detail in seen} == {cluster_id}
+    newest, failed, oldest = emr.list_steps(ClusterId=cluster_id)["Steps"]
+    assert [newest["Name"], failed["Name"], oldest["Name"]] == ["third", "second", "first"]
+    assert failed["Status"]["FailureDetails"]["Reason"] == "no space left"
+    assert oldest["Config"]["Args"] == ["bash", "-c", "true", "first"]
+    assert emr.describe_cluster(ClusterId=cluster_id)["Cluster"]["Status"]["State"] == "WAITING"
+    (only,) = emr.list_steps(ClusterId=cluster_id, StepIds=[ids[0]])["Steps"]
+    assert only["Id"] == ids[0]
+
+
+def test_a_failed_step_cancels_the_rest_if_it_says_so(live_cluster, client, aws):
+    aws.control("steps", fail={"first": "no"})
+    emr = client("emr")
+    steps = [step("first", "CANCEL_AND_WAIT"), step("second")]
+    ids = emr.add_job_flow_steps(JobFlowId=live_cluster[0], Steps=steps)["StepIds"]
+
+    def state():
+        return emr.describe_step(ClusterId=live_cluster[0], StepId=ids[1])["Step"]["Status"]["State"]
+
+    eventually(lambda: state() == "CANCELLED")
+
+
+def test_steps_of_a_terminated_cluster_or_too_long_are_refused(live_cluster, client):
+    emr = client("emr")
+    long = step("long")
+    long["HadoopJarStep"]["Args"] = ["x" * 10281]
+    with pytest.raises(ClientError, match="must have a length from 0 to 10280"):
+        emr.add_job_flow_steps(JobFlowId=live_cluster[0], Steps=[long])
+    emr.terminate_job_flows(JobFlowIds=[live_cluster[0]])
+    with pytest.raises(ClientError, match="may not be modified"):
+        emr.add_job_flow_steps(JobFlowId=live_cluster[0], Steps=[step("late")])
+
+
+# Notebooks
+
+
+@pytest.fixture
+def notebook(client, aws, service_role):
+    """A notebook instance that is in service."""
+    aws.control("notebooks", seconds=0.2)
+    sagemaker = client("sagemaker")
+    sagemaker.create_notebook_instance(
+        NotebookInstanceName="ada", InstanceType="ml.t3.medium", RoleArn=service_role("sagemaker")
+    )
+    eventually(lambda: status(sagemaker) == "InService")
+    yield sagemaker
+    if status(sagemaker) == "InService":
+        sagemaker.stop_notebook_instance(NotebookInstanceName="ada")
+    eventually(lambda: status(sagemaker) == "Stopped")
+    sagemaker.delete_notebook_instance(NotebookInstanceName="ada")
+    eventually(lambda: sagemaker.list_notebook_instances()["NotebookInstances"] == [])
+
+
+def status(sagemaker):
+    return sagemaker.describe_notebook_instance(NotebookInstanceName="ada")["NotebookInstanceStatus"]
+
+
+def test_a_notebook_stops_and_starts_with_events(seen, notebook):
+    details = seen({"source": ["aws.sagemaker"], "detail": {"NotebookInstanceName": ["ada"]}})
+    notebook.stop_notebook_instance(NotebookInstanceName="ada")
+    assert status(notebook) == "Stopping"
+    with pytest.raises(ClientError, match="Unable to transition"):
+        notebook.start_notebook_instance(NotebookInstanceName="ada")
+    eventually(lambda: status(notebook) == "Stopped")
+    notebook.start_notebook_instance(NotebookInstanceName="ada")
+    wanted = {"Stopping", "Stopped", "Pending", "InService"}
+    eventually(lambda: {detail["NotebookInstanceStatus"] for detail in details()} == wanted)
+
+
+def test_a_notebook_of_a_template_is_in_service_updated_and_deleted(stack, client, aws):
+    aws.control("notebooks", seconds=0.1)
+    lifecycle = {"Type": "AWS::SageMaker::NotebookInstanceLifecycleConfig", "Properties": {}}
+    lifecycle["Properties"]["OnStart"] = [{"Content": {"Fn::Base64": "#!/bin/bash\n"}}]
+    properties = {
+        "InstanceType": "ml.t3.medium",
+        "RoleArn": get("Role", "Arn"),
+        "VolumeSizeInGB": "10",
+        "LifecycleConfigName": get("Lifecycle", "NotebookInstanceLifecycleConfigName"),
+        "PlatformIdentifier": "notebook-al2023-v1",
+    }
+    resources = {
+        "Role": role("sagemaker"),
+        "Lifecycle": lifecycle,
+        "Notebook": {"Type": "AWS::SageMaker::NotebookInstance", "Properties": properties},
+    }
+    attributes = {"Arn": {"Value": ref("Notebook")}, "Name": {"Value": get("Notebook", "NotebookInstanceName")}}
+    done = stack(resources, Outputs=attributes)
+    assert done["StackStatus"] == "CREATE_COMPLETE", stack.reasons()
+    values = {output["OutputKey"]: output["OutputValue"] for output in done["Outputs"]}
+    sagemaker = client("sagemaker")
+    made = sagemaker.describe_notebook_instance(NotebookInstanceName=values["Name"])
+    assert (made["NotebookInstanceStatus"], made["VolumeSizeInGB"]) == ("InService", 10)
+    assert made["NotebookInstanceArn"] == values["Arn"]
+    properties["InstanceType"] = "ml.t3.large"
+    assert stack(resources, Outputs=attributes)["StackStatus"] == "UPDATE_COMPLETE"
+    made = sagemaker.describe_notebook_instance(NotebookInstanceName=values["Name"])
+    assert (made["NotebookInstanceStatus"], made["InstanceType"]) == ("InService", "ml.t3.large")
+    client("cloudformation").delete_stack(StackName=stack.named)
+    assert sagemaker.list_notebook_instances()["NotebookInstances"] == []
+    assert sagemaker.list_notebook_instance_lifecycle_configs()["NotebookInstanceLifecycleConfigs"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"RoleArn": get("Other", "Arn")}, "Could not assume role"),
+        ({"LifecycleConfigName": "none"}, "lifecycle config none does not exist"),
+        ({"PlatformIdentifier": "notebook-al3"}, "PlatformIdentifier must match"),
+        ({"InstanceType": "t3.medium"}, "InstanceType must be one of"),
+        ({"NotebookInstanceName": "under_score"}, "NotebookInstanceName must match"),
+    ],
+)
+def test_a_notebook_that_sagemaker_would_refuse_is_refused(stack, change, reason):
+    properties = {"InstanceType": "ml.t3.medium", "RoleArn": get("Role", "Arn"), **change}
+    resources = {"Role": role("sagemaker"), "Other": role("ec2")}
+    resources["Notebook"] = {"Type": "AWS::SageMaker::NotebookInstance", "Properties": properties}
+    assert stack(resources)["StackStatus"] == "ROLLBACK_COMPLETE"
+    assert reason in stack.reasons()
+
+
+def test_a_part_of_sagemaker_that_is_not_there_is_refused(client):
+    with pytest.raises(ClientError, match="it has notebook instances only"):
+        client("sagemaker").list_models()

@@ -98,6 +98,7 @@ async def handle_request(method, path, headers, body, query):
         name = asked["StackName"][0] if "StackName" in asked else asked["ChangeSetName"][0]
         stack = cloudformation._stacks.get(name.split("/")[1] if name.startswith("arn:") else name)
         until = time.monotonic() + SETTLE
+        await asyncio.sleep(0)  # the operation's task marks the stack when it first runs
         while stack and stack["StackStatus"].endswith("_IN_PROGRESS") and time.monotonic() < until:
             await asyncio.sleep(0.02)
     return answer

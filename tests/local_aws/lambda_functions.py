@@ -144,6 +144,8 @@ def write_log(function, request_id, text, error, duration_ms, *, log_source=None
     arn = f"arn:aws:logs:{get_region()}:{get_account_id()}:log-group:{name}"
     stream = getattr(current, "stream", "unknown")
     group = cloudwatch_logs._log_groups.get(name)
+    if group is None and config["FunctionName"] not in lambda_svc._functions:
+        return  # the stack of both was deleted before the function's last words
     for action, resource in (
         ("logs:CreateLogStream", f"{arn}:*"),
         ("logs:PutLogEvents", f"{arn}:log-stream:{stream}"),
