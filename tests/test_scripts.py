@@ -5,6 +5,7 @@ for what a test may not touch: aws, sudo, systemctl, ... What a stand-in was cal
 """
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -861,6 +863,22 @@ def test_a_packer_that_is_not_the_pinned_one_is_not_installed(build):
     done = build.run("bash", "-c", "cd source && bash codebuild/install-packer.sh")
     assert done.returncode == 1 and "is not the file that versions.env names" in done.stderr
     assert not build.called("unzip")
+
+
+def test_the_packer_that_is_pinned_is_installed(build):
+    if not shutil.which("unzip"):
+        pytest.skip("unzip is not installed")
+    archive = build.folder / "packer.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("packer", "the pinned packer")
+    checksum = hashlib.sha256(archive.read_bytes()).hexdigest()
+    versions = build.source / "versions.env"
+    versions.write_text(re.sub(r"^(PACKER_SHA256_\w+)=.*", rf"\1={checksum}", versions.read_text(), flags=re.M))
+    build.stand_in("curl", f'while [ "$1" != --output ]; do shift; done; cp "{archive}" "$2"')
+    done = build.run("bash", "-c", "cd source && bash codebuild/install-packer.sh", BIN=str(build.bin))
+    assert done.returncode == 0, done.stderr
+    assert (build.bin / "packer").read_text() == "the pinned packer"
+    assert build.called("curl", f"https://releases.hashicorp.com/packer/{VERSIONS['PACKER_VERSION']}/packer_{VERSIONS['PACKER_VERSION']}_linux_")
 
 
 def test_a_download_that_changed_ends_the_provisioning(build):
