@@ -286,6 +286,11 @@ def test_the_cluster_finds_hail_where_the_image_has_it():
     assert '"$prefix/hail-all-spark.jar"' in script and '-m venv "$prefix"' in script
 
 
+def test_the_image_fits_on_the_nodes():
+    sizes = [int(size) for size in re.findall(r"ROOT_VOLUME_SIZE=(\d+)", read("packer/codebuild/variables.sh"))]
+    assert sizes and max(sizes) <= TEMPLATES["hail-emr"]["Parameters"]["RootVolumeSizeGiB"]["Default"]
+
+
 # Functions
 
 
@@ -691,6 +696,7 @@ def accepted(parameter, value):
         ("hail-ami", "AmiName", ["hail", "hail-0.2"], ["", "hail ami", "-hail", "hail/1", "h" * 65]),
         ("hail-emr", "CoreInstanceCount", [1, 1000], [0, 1001]),
         ("hail-emr", "CoreVolumeSizeGiB", [10, 16384], [9, 16385]),
+        ("hail-emr", "RootVolumeSizeGiB", [15, 100], [14, 101]),
         ("hail-emr", "CoreInstanceType", ["m5.xlarge", "r6gd.16xlarge", "m5.metal"], ["m5", "t3.medium", "m5.xlarge "]),
         ("hail-emr", "PrimaryInstanceType", ["m5.xlarge", "i3en.large"], ["xlarge", "t3.micro"]),
         ("hail-emr", "IdleMinutes", [0, 60], [1, -1]),
