@@ -598,16 +598,25 @@ fn answer_body(callback: &Callback, outcome: Outcome, log: &str) -> Vec<u8> {
         }
         Err(reason) => reason.clone(),
     };
-    let where_to_look = format!(" ({log})");
-    let mut kept = reason.len();
-    loop {
+    let failed = |kept: usize| {
         let cut = if kept < reason.len() { "…" } else { "" };
-        let body = answer("FAILED", Some(&format!("{}{cut}{where_to_look}", &reason[..kept])), &Value::Null);
-        if body.len() <= ANSWER_LIMIT || kept == 0 {
-            return body;
-        }
-        kept = reason.floor_char_boundary(kept.saturating_sub(body.len() - ANSWER_LIMIT));
+        answer("FAILED", Some(&format!("{}{cut} ({log})", &reason[..reason.floor_char_boundary(kept)])), &Value::Null)
+    };
+    let body = failed(reason.len());
+    if body.len() <= ANSWER_LIMIT {
+        return body;
     }
+    // As much as fits. How many bytes a character takes is known only once it is escaped.
+    let (mut fits, mut does_not) = (0, reason.len().min(ANSWER_LIMIT));
+    while fits + 1 < does_not {
+        let half = (fits + does_not) / 2;
+        if failed(half).len() <= ANSWER_LIMIT {
+            fits = half;
+        } else {
+            does_not = half;
+        }
+    }
+    failed(fits)
 }
 
 /// Reads typed properties; the error names the property.
