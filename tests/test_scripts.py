@@ -554,6 +554,7 @@ def test_the_backup_copies_what_is_the_persons_and_leaves_out_the_rest(notebook)
     for name in kept | left:
         notebook.write(f"root/home/ec2-user/SageMaker/{name}", name)
     (notebook.home / "everything").symlink_to("/usr")
+    (notebook.home / "system.txt").symlink_to("/etc/passwd")
     done = backup(notebook)
     assert done.returncode == 0, done.stdout + done.stderr
     assert files(notebook.copy) == kept
