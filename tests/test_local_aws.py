@@ -515,7 +515,7 @@ def network(client):
 def test_a_rule_sees_that_a_subnet_is_outside_the_vpc(client):
     vpc, inside, outside = network(client)
     assertion = {
-        "Assert": {"Fn::Equals": [{"Fn::ValueOf": ["SubnetId", "VpcId"]}, ref("VpcId")]},
+        "Assert": {"Fn::Contains": [[ref("VpcId")], {"Fn::ValueOf": ["SubnetId", "VpcId"]}]},
         "AssertDescription": "SubnetId is not in VpcId",
     }
     template = json.dumps(
@@ -775,6 +775,31 @@ def seen(stack, function, client):
     return watch
 
 
+def test_an_event_may_come_twice_or_never(seen, project, client, aws):
+    details = seen({"source": ["aws.codebuild"]})
+    aws.control("builds", seconds=0)
+    aws.control("events", copies=0)
+    ended(client, client("codebuild").start_build(projectName="ami")["build"])
+    aws.control("events", copies=2)
+    ended(client, client("codebuild").start_build(projectName="ami")["build"])
+    statuses = eventually(lambda: len(found := details()) == 4 and found)
+    assert sorted(detail["build-status"] for detail in statuses) == ["IN_PROGRESS"] * 2 + ["SUCCEEDED"] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"Arn": arn("sqs", "queue")}, "cannot deliver events to arn:aws:sqs"),
+        ({"DeadLetterConfig": {}}, "does not apply DeadLetterConfig of a rule's target"),
+    ],
+)
+def test_a_target_that_is_not_served_is_refused(stack, function, change, reason):
+    resources = function() | rule({"source": ["own"]})
+    resources["Rule"]["Properties"]["Targets"][0] |= change
+    assert stack(resources)["StackStatus"] == "ROLLBACK_COMPLETE"
+    assert reason in stack.reasons()
+
+
 # Buckets
 
 
@@ -865,6 +890,8 @@ def project(client, service_role):
         },
         serviceRole=service_role("codebuild", allowed),
     )["project"]
+    for build in codebuild.list_builds_for_project(projectName="ami")["ids"]:
+        codebuild.stop_build(id=build)
     codebuild.delete_project(name="ami")
 
 
@@ -937,13 +964,13 @@ def test_a_build_fails_like_a_real_one_without_its_source_or_permissions(project
 def test_a_build_is_stopped_and_stays_stopped(project, client, aws):
     aws.control("builds", seconds=0.5)
     codebuild = client("codebuild")
-    build = codebuild.start_build(projectName="ami")["build"]
+    build = codebuild.start_build(projectName="ami", environmentVariablesOverride=overrides(AMI_NAME="stopped"))["build"]
     assert codebuild.stop_build(id=build["arn"])["build"]["buildStatus"] == "STOPPED"
     time.sleep(0.7)
     found = codebuild.batch_get_builds(ids=[build["arn"], "ami:none"])
     assert found["builds"][0]["buildStatus"] == "STOPPED"
     assert found["buildsNotFound"] == ["ami:none"]
-    assert client("ec2").describe_images(Filters=[{"Name": "name", "Values": ["default-*"]}])["Images"] == []
+    assert client("ec2").describe_images(Filters=[{"Name": "name", "Values": ["stopped-*"]}])["Images"] == []
 
 
 def test_an_idempotency_token_starts_one_build(project, client):
@@ -954,6 +981,27 @@ def test_an_idempotency_token_starts_one_build(project, client):
         codebuild.start_build(projectName="ami", idempotencyToken="t", environmentVariablesOverride=overrides(A="1"))
     newest = codebuild.start_build(projectName="ami")["build"]["id"]
     assert codebuild.list_builds_for_project(projectName="ami")["ids"][:2] == [newest, first]
+
+
+def test_a_project_runs_no_more_builds_at_once_than_it_may(project, client):
+    codebuild = client("codebuild")
+    codebuild.update_project(name="ami", concurrentBuildLimit=1)
+    build = codebuild.start_build(projectName="ami")["build"]
+    with pytest.raises(codebuild.exceptions.AccountLimitExceededException):
+        codebuild.start_build(projectName="ami")
+    codebuild.stop_build(id=build["id"])
+    codebuild.stop_build(id=codebuild.start_build(projectName="ami")["build"]["id"])
+
+
+def test_a_rule_starts_a_build(project, stack, client):
+    target = {"Id": "Build", "Arn": project["arn"], "RoleArn": get("Role", "Arn")}
+    properties = {"EventPattern": {"source": ["own"]}, "Targets": [target]}
+    resources = {"Role": role("events", statement("codebuild:StartBuild", project["arn"]))}
+    stack(resources | {"Rule": {"Type": "AWS::Events::Rule", "Properties": properties}})
+    before = client("codebuild").list_builds_for_project(projectName="ami")["ids"]
+    client("events").put_events(Entries=[{"Source": "own", "DetailType": "x", "Detail": "{}"}])
+    (build,) = set(client("codebuild").list_builds_for_project(projectName="ami")["ids"]) - set(before)
+    client("codebuild").stop_build(id=build)
 
 
 def test_a_build_override_that_is_not_simulated_is_refused(project, client):

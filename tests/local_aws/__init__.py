@@ -66,10 +66,12 @@ class LocalAws:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        patience = time.monotonic() + 60
         while not (state := running(self.folder)):
-            if server.poll() is not None:
+            if server.poll() is not None or time.monotonic() > patience:
+                server.kill()
                 tail = (self.folder / "server.log").read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"starting a local AWS in {self.folder}: the server ended at once:\n{tail}")
+                raise RuntimeError(f"starting a local AWS in {self.folder}: the server did not come up:\n{tail}")
             time.sleep(0.02)
         self.endpoint = state["endpoint"]
         self.environment = client_environment(self.folder, self.endpoint, secret)

@@ -15,7 +15,7 @@ import json
 import secrets
 import threading
 import time
-from urllib.parse import parse_qs, quote, unquote
+from urllib.parse import parse_qs, quote
 
 from ministack import app
 from ministack.core.responses import get_region, new_uuid, now_iso
@@ -27,12 +27,12 @@ from ministack.services.cloudformation import (
     handlers,
     provisioners,
     stacks,
-    wait_conditions,
 )
 
 from . import codebuild, emr, sagemaker
 from .ec2 import TYPES as SECURITY_GROUP_TYPES
 from .ec2 import image_exists
+from .seams import replace
 
 SETTLE = 25
 OPERATIONS = ("CreateStack", "UpdateStack", "DeleteStack", "ExecuteChangeSet")
@@ -76,18 +76,21 @@ stock_roll_back = stacks._roll_back_operation
 def install():
     global stock_handle
     stock_handle = app.SERVICE_HANDLERS["cloudformation"]
-    app.SERVICE_HANDLERS["cloudformation"] = handle_request
-    custom_resource.invoke_custom_resource = invoke
-    stacks._runs_on_worker_thread = lambda resource: resource in WAITING or stock_worker_thread(resource)
-    stacks._roll_back_operation = roll_back
-    for module in (changesets, engine, handlers, provisioners, stacks):
-        for name, new in (
-            ("_resolve_parameters", resolve_parameters),
-            ("_evaluate_conditions", evaluate_conditions),
-            ("validate_template_support", validate),
-        ):
-            if hasattr(module, name):
-                setattr(module, name, new)
+    replace(app.SERVICE_HANDLERS, cloudformation=handle_request)
+    replace(custom_resource, invoke_custom_resource=invoke)
+    replace(
+        stacks,
+        _runs_on_worker_thread=lambda resource: resource in WAITING or stock_worker_thread(resource),
+        _roll_back_operation=roll_back,
+        _evaluate_conditions=evaluate_conditions,
+    )
+    for module in (changesets, handlers):
+        replace(
+            module,
+            _resolve_parameters=resolve_parameters,
+            _evaluate_conditions=evaluate_conditions,
+            validate_template_support=validate,
+        )
 
 
 async def handle_request(method, path, headers, body, query):

@@ -10,6 +10,7 @@ Checked as AWS would: the service role may read the source from S3 and write the
 buildspec in it, which is YAML. What fails there fails the build in the phase in which AWS would find it.
 
 - environmentVariablesOverride and idempotencyToken are honoured; other overrides are refused.
+- More builds at once than the project's ConcurrentBuildLimit are refused. A rule of EventBridge can start a build.
 - StopBuild stops; builds are found by id and by ARN; the newest is listed first.
 - The log goes to the project's log group, in a stream named after the build.
 - "CodeBuild Build State Change" is sent at the start and at the end (phase changes are not).
@@ -31,6 +32,7 @@ from ministack.services.cloudformation import provisioners
 
 from . import events, iam, model
 from .ec2 import register_image
+from .seams import replace
 from .simulation import later, settings
 
 PROPERTIES = (
@@ -41,15 +43,23 @@ PHASES = (
     "SUBMITTED QUEUED PROVISIONING DOWNLOAD_SOURCE INSTALL PRE_BUILD BUILD POST_BUILD UPLOAD_ARTIFACTS FINALIZING"
 ).split()
 
+stock_create_project = codebuild._create_project
+stock_update_project = codebuild._update_project
+
 # What was asked with each idempotency token, and the build that it started.
 started = {}
 
 
 def install():
-    codebuild._start_build = start_build
-    codebuild._stop_build = stop_build
-    codebuild._batch_get_builds = batch_get_builds
-    codebuild._project_shape = dict
+    replace(
+        codebuild,
+        _start_build=start_build,
+        _stop_build=stop_build,
+        _batch_get_builds=batch_get_builds,
+        _create_project=create_project,
+        _update_project=update_project,
+        _project_shape=dict,
+    )
     stock = app.SERVICE_HANDLERS["codebuild"]
 
     async def handle_request(method, path, headers, body, query):
@@ -60,42 +70,56 @@ def install():
             return error_response_json("InvalidInputException", str(problem))
         return await stock(method, path, headers, body, query)
 
-    app.SERVICE_HANDLERS["codebuild"] = handle_request
-    handler = provisioners._RESOURCE_HANDLERS["AWS::CodeBuild::Project"]
-    handler["create"] = create
-    handler["update"] = update
+    replace(app.SERVICE_HANDLERS, codebuild=handle_request)
+    replace(provisioners._RESOURCE_HANDLERS["AWS::CodeBuild::Project"], create=create, update=update)
+    provisioners._REPLACING_PROPERTIES["AWS::CodeBuild::Project"] = ("Name",)
+    events.targets["codebuild"] = start_for_rule
 
 
 # Projects
 
 
+def create_project(data):
+    answer = stock_create_project(data)
+    if answer[0] == 200:
+        codebuild._projects[data["name"]] |= data
+    return answer
+
+
+def update_project(data):
+    answer = stock_update_project(data)
+    if answer[0] == 200:
+        codebuild._projects[data["name"]] |= data
+    return answer
+
+
 def create(logical_id, props, stack_name):
-    name, attributes = provisioners._codebuild_project_create(logical_id, props, stack_name)
-    try:
-        configure(name, props)
-    except ValueError:
-        provisioners._codebuild_project_delete(name, props)
-        raise
-    return name, attributes
+    name = props.get("Name") or provisioners._physical_name(stack_name, logical_id, max_len=255)
+    status, _, answer = create_project(project(name, props))
+    if status >= 400:
+        raise ValueError(f"creating the project {name}: {answer!r}")
+    return name, {"Arn": codebuild._projects[name]["arn"]}
 
 
 def update(name, old, new, stack_name):
-    updated = provisioners._codebuild_project_update(name, old, new, stack_name)
-    configure(updated[0], new)
-    return updated
+    request = project(name, new)
+    before = codebuild._projects.pop(name)
+    create_project(request)
+    codebuild._projects[name]["created"] = before["created"]
+    return name, {"Arn": before["arn"]}
 
 
-def configure(name, props):
-    """Keeps the project just as the template has it, in the API's spelling."""
-    request = provisioners._codebuild_cfn_to_api(props)
+def project(name, props):
+    """The CreateProject request for the properties of AWS::CodeBuild::Project; raises ValueError if it is not valid."""
+    request = {**provisioners._codebuild_cfn_to_api(props), "name": name}
     request["source"] = provisioners._codebuild_cfn_to_api(props["Source"])
-    request = model.typed(model.shape("codebuild", "CreateProject"), {**request, "name": name})
+    request = model.typed(model.shape("codebuild", "CreateProject"), request)
     model.check("codebuild", "CreateProject", request)
     if not iam.trusts(request["serviceRole"], "codebuild.amazonaws.com"):
         raise ValueError(
             f"CodeBuild is not authorized to perform: sts:AssumeRole on service role: {request['serviceRole']}"
         )
-    codebuild._projects[name] |= request
+    return request
 
 
 # Builds
@@ -111,10 +135,15 @@ def start_build(data):
         if asked != data:
             return error_response_json("InvalidInputException", f"idempotencyToken {token}: used with other parameters")
         return json_response({"build": build})
-    known = {"projectName", "environmentVariablesOverride"}
-    if unknown := set(data) - known:
+    if unknown := set(data) - {"projectName", "environmentVariablesOverride"}:
         refusal = f"the local AWS does not override {', '.join(sorted(unknown))}"
         return error_response_json("InvalidInputException", refusal)
+    running = sum(
+        build["projectName"] == project["name"] and not build["buildComplete"] for build in codebuild._builds.values()
+    )
+    if running >= (limit := project.get("concurrentBuildLimit", 100)):
+        refusal = f"Cannot have more than {limit} builds running at once of the project {project['name']}"
+        return error_response_json("AccountLimitExceededException", refusal)
 
     build = new_build(project, data.get("environmentVariablesOverride", []))
     codebuild._builds[build["id"]] = build
@@ -132,6 +161,14 @@ def start_build(data):
     for line in plan["log"]:
         log(build, line)
     return json_response({"build": build})
+
+
+def start_for_rule(target, rule):
+    """What a rule of EventBridge with the project as target does; returns what its role lacks, if anything."""
+    role, project = target.get("RoleArn", ""), target["Arn"]
+    if not iam.trusts(role, "events.amazonaws.com") or not iam.allows(role, "codebuild:StartBuild", project):
+        return "codebuild:StartBuild"
+    start_build({"projectName": project.partition(":project/")[2], **json.loads(target.get("Input", "{}"))})
 
 
 def new_build(project, overrides):

@@ -11,6 +11,8 @@ from ministack.core.responses import new_uuid
 from ministack.services import ec2
 from ministack.services.cloudformation import provisioners
 
+from .seams import replace
+
 TYPES = {
     "AWS::EC2::SecurityGroupIngress": "CidrIp CidrIpv6 Description FromPort GroupId IpProtocol SourcePrefixListId "
     "SourceSecurityGroupId SourceSecurityGroupOwnerId ToPort",
@@ -24,9 +26,8 @@ def install():
         resource = f"AWS::EC2::SecurityGroup{kind}"
         provisioners._RESOURCE_HANDLERS[resource] = rule_handler(rules)
         provisioners._REPLACING_PROPERTIES[resource] = tuple(set(TYPES[resource].split()) - {"Description"})
-    provisioners._RESOURCE_HANDLERS["AWS::EC2::SecurityGroup"]["delete"] = delete_group
-    ec2._ACTION_MAP["DeleteSecurityGroup"] = delete_security_group
-    ec2._ACTION_MAP["DescribeImages"] = describe_images
+    replace(provisioners._RESOURCE_HANDLERS["AWS::EC2::SecurityGroup"], delete=delete_group)
+    replace(ec2._ACTION_MAP, DeleteSecurityGroup=delete_security_group, DescribeImages=describe_images)
 
 
 def rule_handler(rules):

@@ -22,6 +22,7 @@ from ministack.services.cloudformation import provisioners
 
 from . import events, iam, model
 from .ec2 import image_exists
+from .seams import replace
 from .simulation import later, settings
 
 TYPE = "AWS::EMR::Cluster"
@@ -42,8 +43,9 @@ ENDED = ("TERMINATING", "TERMINATED", "TERMINATED_WITH_ERRORS")
 
 
 def install():
-    emr._now_iso = now  # the API has numbers, which Rust's SDK insists on
-    emr._HANDLERS.update(
+    replace(emr, _now_iso=now)  # the API has numbers, which Rust's SDK insists on
+    replace(
+        emr._HANDLERS,
         RunJobFlow=run_job_flow,
         AddJobFlowSteps=add_steps,
         ListSteps=list_steps,
@@ -65,7 +67,7 @@ def install():
             return error_response_json("ValidationException", str(problem))
         return await stock(method, path, headers, body, query)
 
-    app.SERVICE_HANDLERS["elasticmapreduce"] = handle_request
+    replace(app.SERVICE_HANDLERS, elasticmapreduce=handle_request)
     provisioners._RESOURCE_HANDLERS[TYPE] = {"create": create, "update": update, "delete": delete}
     replacing = set(PROPERTIES.split()) - IN_PLACE - {"Instances"}
     provisioners._REPLACING_PROPERTIES[TYPE] = tuple(replacing)

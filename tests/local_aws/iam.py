@@ -15,16 +15,20 @@ from ministack.core.router import extract_access_key_id
 from ministack.services import iam
 from ministack.services.cloudformation import provisioners
 
+from .seams import replace
+
 stock_resource_arn = iam_actions.extract_resource_arn
 
 
 def install():
     iam_actions.SERVICE_TO_IAM_NAMESPACE["sagemaker"] = "sagemaker"
-    iam_actions.extract_resource_arn = resource_arn
-    handler = provisioners._RESOURCE_HANDLERS["AWS::IAM::InstanceProfile"]
-    handler["create"] = profile_create
-    handler["update"] = profile_update
-    handler["delete"] = lambda name, _: iam._instance_profiles.pop(name, None)
+    replace(iam_actions, extract_resource_arn=resource_arn)
+    replace(
+        provisioners._RESOURCE_HANDLERS["AWS::IAM::InstanceProfile"],
+        create=profile_create,
+        update=profile_update,
+        delete=lambda name, _: iam._instance_profiles.pop(name, None),
+    )
 
 
 def resource_arn(service, method, path, headers, body, query, region, account):
@@ -70,6 +74,10 @@ def context(principal, action, resource, **keys):
     )
 
 
+def conditions_met(statement, principal, action, resource, **keys):
+    return iam_evaluator._conditions_met(statement.get("Condition", {}), context(principal, action, resource, **keys))
+
+
 def trusts(role_arn, service):
     """Whether the role exists and a service such as lambda.amazonaws.com may assume it."""
     role = iam._roles.get(role_arn.rsplit("/", 1)[-1])
@@ -77,7 +85,7 @@ def trusts(role_arn, service):
         statement["Effect"] == "Allow"
         and service in listed((statement.get("Principal") or {}).get("Service"))
         and "sts:AssumeRole" in listed(statement.get("Action"))
-        and iam_evaluator._conditions_met(statement.get("Condition", {}), context(role_arn, "sts:AssumeRole", role_arn))
+        and conditions_met(statement, role_arn, "sts:AssumeRole", role_arn)
         for statement in listed(json.loads(role["AssumeRolePolicyDocument"])["Statement"])
     )
 

@@ -26,6 +26,7 @@ from ministack.services.cloudformation import provisioners
 
 from . import iam
 from .events import refused
+from .seams import replace
 
 # e_machine in the header of an ELF file.
 MACHINES = {0x3E: "x86_64", 0xB7: "arm64"}
@@ -36,14 +37,9 @@ current = threading.local()
 
 
 def install():
-    lambda_svc._provided_worker_env = environment
-    lambda_svc._emit_lambda_logs = write_log
-    lambda_runtime.ProvidedWorker._spawn = spawn
-    lambda_runtime.ProvidedWorker.invoke = invoke
-    handler = provisioners._RESOURCE_HANDLERS["AWS::Lambda::Function"]
-    handler["create"] = create
-    handler["update"] = update
-    handler["delete"] = delete
+    replace(lambda_svc, _provided_worker_env=environment, _emit_lambda_logs=write_log)
+    replace(lambda_runtime.ProvidedWorker, _spawn=spawn, invoke=invoke)
+    replace(provisioners._RESOURCE_HANDLERS["AWS::Lambda::Function"], create=create, update=update, delete=delete)
 
 
 def create(logical_id, props, stack_name):

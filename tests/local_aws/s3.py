@@ -11,16 +11,15 @@ from xml.sax.saxutils import escape
 from ministack.services import s3
 from ministack.services.cloudformation import provisioners
 
+from .seams import replace
+
 # The bucket naming rules of the S3 user guide.
 NAME = re.compile(r"(?!xn--|sthree-|amzn-s3-demo-|\d+\.\d+\.\d+\.\d+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 RESERVED_ENDS = ("-s3alias", "--ol-s3", ".mrap", "--x-s3", "--table-s3")
 
 
 def install():
-    handler = provisioners._RESOURCE_HANDLERS["AWS::S3::Bucket"]
-    handler["create"] = create
-    handler["update"] = update
-    handler["delete"] = delete
+    replace(provisioners._RESOURCE_HANDLERS["AWS::S3::Bucket"], create=create, update=update, delete=delete)
 
 
 def create(logical_id, props, stack_name):

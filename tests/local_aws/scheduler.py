@@ -13,12 +13,13 @@ from ministack.core.responses import get_account_id, get_region, set_request_acc
 from ministack.services import eventbridge, scheduler
 
 from . import iam, model
+from .seams import replace
 
 OPERATIONS = {"POST": "CreateSchedule", "PUT": "UpdateSchedule"}
 
 
 def install():
-    scheduler._SCHEDULE_TICK_INTERVAL = 1
+    replace(scheduler, _SCHEDULE_TICK_INTERVAL=1)
     stock = app.SERVICE_HANDLERS["scheduler"]
 
     async def handle_request(method, path, headers, body, query):
@@ -44,7 +45,7 @@ def install():
                 scheduler._schedule_last_fired[last] = 0
         return answer
 
-    app.SERVICE_HANDLERS["scheduler"] = handle_request
+    replace(app.SERVICE_HANDLERS, scheduler=handle_request)
 
 
 def tick():

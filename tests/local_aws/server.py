@@ -2,7 +2,7 @@
 
 The control API is for tests and for the demo. It takes and gives JSON, by POST (or GET, where nothing
 is to be said):
-  POST /_hail/builds, clusters, notebooks, steps   change how simulated things behave (simulation.DEFAULTS)
+  POST /_hail/builds, clusters, events, notebooks, steps   change how simulated things behave (simulation.DEFAULTS)
   POST /_hail/reset     the default behaviour again, and the lists below emptied; nothing else is touched
   POST /_hail/tick      fires every enabled schedule of EventBridge Scheduler now
   POST /_hail/answers   what custom resources were asked and answered, in order (cloudformation.py)

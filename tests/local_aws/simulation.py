@@ -11,6 +11,9 @@ DEFAULTS = {
     "builds": {"seconds": 2, "outcome": "SUCCEEDED", "phase": "BUILD", "log": []},
     # A cluster of EMR: how long it takes from STARTING to WAITING.
     "clusters": {"seconds": 1},
+    # An event that a simulated service sends: how often it is delivered. EventBridge promises at least once, and two
+    # of the services promise best effort only: 2 and 0 are what a function must survive.
+    "events": {"copies": 1},
     # A notebook instance of SageMaker: how long each of its states in between takes.
     "notebooks": {"seconds": 1},
     # A step of EMR: how long it takes, and for the steps (by name) that shall fail, why.

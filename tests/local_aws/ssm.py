@@ -6,20 +6,20 @@ AWS looks the image up with the caller's permission, ec2:DescribeImages; here to
 
 import re
 
-from ministack.core.responses import error_response_json
-from ministack.core.router import extract_access_key_id
-from ministack.core.iam_evaluator import enforce
-from ministack.core.responses import get_region
-from ministack.services import ssm
 from ministack import app
+from ministack.core.iam_evaluator import enforce
+from ministack.core.responses import error_response_json, get_region
+from ministack.core.router import extract_access_key_id
+from ministack.services import ssm
 
 from . import ec2
+from .seams import replace
 
 stock = ssm._put_parameter
 
 
 def install():
-    ssm._put_parameter = put_parameter
+    replace(ssm, _put_parameter=put_parameter)
     handle = app.SERVICE_HANDLERS["ssm"]
 
     async def handle_request(method, path, headers, body, query):
@@ -32,7 +32,7 @@ def install():
                 )
         return await handle(method, path, headers, body, query)
 
-    app.SERVICE_HANDLERS["ssm"] = handle_request
+    replace(app.SERVICE_HANDLERS, ssm=handle_request)
 
 
 def put_parameter(data):
