@@ -336,7 +336,7 @@ impl SeedBuckets {
             (Bucket::Notebook, "common-notebooks/"),
             (Bucket::Notebook, "scripts/"),
             (Bucket::Hail, "vep/"),
-            (Bucket::Hail, "packer/"),
+            (Bucket::Hail, PACKER_ZIP),
         ];
         let lists = stream::iter(PREFIXES).map(|(bucket, prefix)| async move {
             let name = buckets.name(bucket);

@@ -1,0 +1,83 @@
+# What a person types. `make` alone lists it.
+
+FUNCTIONS := seed-buckets build-ami add-plot-steps refresh-notebook
+STACKS := hail-s3 hail-jupyter hail-ami hail-emr
+
+# Compiled code and Python packages are kept here: in the home folder's cache where that has a folder for them
+# (mkdir -p ~/.cache/hail-emr), so that another checkout need not make them again, else below build/.
+CACHE ?= $(or $(wildcard $(HOME)/.cache/hail-emr),$(CURDIR)/build/cache)
+export CARGO_TARGET_DIR := $(CACHE)/target
+PYTHON ?= python3
+VENV := $(CACHE)/venv-$(shell cksum tests/requirements.txt | cut -d' ' -f1)
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint fmt digest build build-local package $(STACKS:%=deploy-%) local local-stop clean
+
+help: ## List these targets
+	@awk -F':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: build-local $(VENV) ## Deploy, update and delete the four stacks on this machine, without AWS
+	PYTHONPATH=tests $(RUN) tests/demo.py --built build/local
+
+test: lint build-local $(VENV) ## Everything that must hold
+	cargo test --locked
+	PYTHONPATH=tests HAIL_EMR_BUILT=$(CURDIR)/build/local $(RUN) -m pytest tests
+
+lint: ## Formatting, and the compiler's and clippy's warnings
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- --deny warnings
+
+fmt: ## Format the Rust code
+	cargo fmt
+
+digest: ## Write the digest of what is seeded into templates/hail-s3.yml, after changing any of it
+	$(PYTHON) tests/assets_digest.py --write
+
+# Lambda runs these on arm64, which costs a fifth less than x86_64. cargo-lambda brings the linker.
+build: ## Build the functions for AWS Lambda
+	cargo lambda build --locked --release --arm64
+	@$(call stage,$(CARGO_TARGET_DIR)/lambda,/bootstrap,build)
+
+build-local: ## Build the functions for this machine
+	cargo build --locked --bins
+	@$(call stage,$(CARGO_TARGET_DIR)/debug,,build/local)
+
+# $(call stage,folder of the binaries,what follows a binary's name,where to): a folder per function as Lambda gets
+# it, with what seed-buckets ships beside its binary.
+define stage
+	set -e; for function in $(FUNCTIONS); do \
+	  rm -rf $(3)/$$function; mkdir -p $(3)/$$function; \
+	  cp -p $(1)/$$function$(2) $(3)/$$function/bootstrap; \
+	done; \
+	assets=$(3)/seed-buckets/assets; mkdir -p $$assets; \
+	cp -Rp jupyter/common-notebooks jupyter/scripts packer $$assets; cp -Rp packer/vep $$assets; \
+	find $$assets \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+endef
+
+package: build ## Upload the functions to CODE_BUCKET; build/packaged/ then has templates that any launch takes
+	@test -n "$(CODE_BUCKET)" || { echo "usage: make package CODE_BUCKET=a-bucket-of-yours"; exit 2; }
+	mkdir -p build/packaged
+	set -e; for stack in $(STACKS); do \
+	  aws cloudformation package --template-file templates/$$stack.yml --s3-bucket "$(CODE_BUCKET)" \
+	    --s3-prefix hail-emr --output-template-file build/packaged/$$stack.yml > /dev/null; \
+	done
+	@echo "build/packaged has the templates to launch."
+
+$(STACKS:%=deploy-%): deploy-%: package ## Deploy one stack: make deploy-hail-s3 CODE_BUCKET=... PARAMETERS="Name=value ..."
+	aws cloudformation deploy --template-file build/packaged/$*.yml --stack-name $* --capabilities CAPABILITY_IAM \
+	  --no-fail-on-empty-changeset $(if $(PARAMETERS),--parameter-overrides $(PARAMETERS))
+
+local: $(VENV) ## Start a local AWS that ends with this shell; build/aws/env has the variables to source
+	@PYTHONPATH=tests $(RUN) -m local_aws start --folder build/aws --with-pid $$(ps -o ppid= -p $$PPID)
+
+local-stop: $(VENV) ## Stop it
+	@PYTHONPATH=tests $(RUN) -m local_aws stop --folder build/aws
+
+$(VENV): tests/requirements.txt
+	$(PYTHON) -m venv $@.new
+	$@.new/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r tests/requirements.txt
+	rm -rf $@ && mv $@.new $@
+
+clean: ## Remove what was built here
+	rm -rf build target
