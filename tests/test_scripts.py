@@ -419,6 +419,9 @@ def test_a_cluster_manifest_that_cannot_be_written_fails_the_step_and_names_the_
 
 def test_a_cluster_manifest_without_hail_or_bucket_fails(cluster):
     assert "the name of the Hail bucket is missing" in cluster.step("cluster-manifest").stderr
+    cluster.stand_in("python", """echo '[{"name": "pip", "version": "24"}]'""", at="opt/hail/bin/python")
+    done = cluster.step("cluster-manifest", "hail-bucket")
+    assert done.returncode == 1 and "cannot be put together" in done.stderr and not files(cluster.s3)
     shutil.rmtree(cluster.root / "opt/hail")
     done = cluster.step("cluster-manifest", "hail-bucket")
     assert done.returncode == 1 and "hail-ami" in done.stderr

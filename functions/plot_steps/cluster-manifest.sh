@@ -44,7 +44,7 @@ print(json.dumps({
     "ClusterName": cluster["Name"],
     "ReleaseLabel": cluster.get("ReleaseLabel"),
     "AmiId": instance["imageId"],
-    "HailVersion": packages.get("hail"),
+    "HailVersion": packages["hail"],
     "Applications": {a["Name"]: a.get("Version") for a in cluster.get("Applications", [])},
     "Configurations": cluster.get("Configurations", []),
     "Tags": {t["Key"]: t.get("Value") for t in cluster.get("Tags", [])},
