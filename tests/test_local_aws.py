@@ -25,7 +25,7 @@ from local_aws import ACCOUNT, REGION, LocalAws, running
 # A function that does what the custom resource's properties (or the event) tell it.
 BOOTSTRAP = f"#!{sys.executable}\n" + textwrap.dedent(
     '''
-    import json, os, urllib.request, urllib.error
+    import json, os, time, urllib.request, urllib.error
     api = f"http://{os.environ['AWS_LAMBDA_RUNTIME_API']}/2018-06-01/runtime/invocation"
     calls = 0
     while True:
@@ -51,6 +51,7 @@ BOOTSTRAP = f"#!{sys.executable}\n" + textwrap.dedent(
                     urllib.request.urlopen(put)
                 except urllib.error.HTTPError as refused:
                     print("refused", refused.code, flush=True)
+        time.sleep(float(wanted.get("Linger", 0)))
         urllib.request.urlopen(f"{api}/{request_id}/response", json.dumps({"environment": dict(os.environ)}).encode())
     '''
 )
@@ -182,12 +183,12 @@ def eventually(question, seconds=10):
     raise AssertionError(f"not within {seconds} s")
 
 
-def processes(text):
-    """The ids of the processes whose command line contains the text."""
+def processes(text, file="cmdline"):
+    """The ids of the processes whose command line (or another file below /proc) contains the text."""
     found = []
     for directory in Path("/proc").glob("[0-9]*"):
         try:
-            if text in (directory / "cmdline").read_bytes().decode():
+            if text in (directory / file).read_bytes().decode():
                 found.append(int(directory.name))
         except OSError:  # it has ended
             pass
@@ -349,6 +350,15 @@ def test_a_function_that_cannot_run_is_refused(stack, function, bootstrap, prope
 def test_a_role_that_lambda_may_not_assume_is_refused(stack, function):
     assert stack(function() | {"Role": role("ec2")})["StackStatus"] == "ROLLBACK_COMPLETE"
     assert "cannot be assumed by Lambda" in stack.reasons()
+
+
+def test_a_function_that_is_deleted_finishes_and_is_not_run_again(stack, function, client, aws):
+    done = stack(function() | {"Thing": custom(Linger="1")}, Outputs={"Name": {"Value": ref("Function")}})
+    own = f"AWS_LAMBDA_FUNCTION_NAME={done['Outputs'][0]['OutputValue']}\0"
+    client("cloudformation").delete_stack(StackName=stack.named)
+    assert processes(own, "environ") != []
+    eventually(lambda: processes(own, "environ") == [])
+    assert [asked["Answers"] for asked in aws.control("answers")] == [1, 1]
 
 
 # Custom resources

@@ -135,7 +135,6 @@ def server_environment(folder, secret):
         "scheduler,sns,sqs,ssm,sts",
         "STATE_DIR": str(folder / "tmp"),
         "S3_DATA_DIR": str(folder / "tmp"),
-        "LAMBDA_ASYNC_RETRY_BASE_SECONDS": "0.2",
         # No listener but the one port, and no Docker.
         "SFTP_ENABLED": "0",
         "IOT_MTLS_ENABLED": "0",

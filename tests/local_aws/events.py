@@ -2,7 +2,7 @@
 
 - An event reaches a function only if the function's policy lets the rule invoke it, and a schedule's target only with
   the role of the schedule; what AWS would drop without a word is written down (POST /_hail/refused).
-- A function that fails is run again, twice, as Lambda does with every asynchronous invocation.
+- An event is an asynchronous invocation: a function that fails is tried again.
 - A target that is neither a function nor a build is refused, and so is a setting of a target that is not applied.
 - `send`, by which the simulated services send their events.
 """

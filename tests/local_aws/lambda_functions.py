@@ -7,11 +7,13 @@
 - Its role: one that Lambda may not assume is refused.
 - Its log: in the log group that it is told, in one stream for each process, whose name the process knows; written with
   the role's permissions, so that a role without them leaves no log (but a line in POST /_hail/refused).
-- Deleting a function ends its processes.
+- Its invocations: an asynchronous one that fails is tried again twice, as long as the function exists. A function
+  that is changed or deleted finishes what it is at before its processes end; MiniStack kills them at once.
 
 Only provided.* runtimes are run. There is no sandbox: a process has the machine's file system and no memory limit.
 """
 
+import contextvars
 import io
 import os
 import platform
@@ -37,7 +39,14 @@ current = threading.local()
 
 
 def install():
-    replace(lambda_svc, _provided_worker_env=environment, _emit_lambda_logs=write_log)
+    replace(
+        lambda_svc,
+        _provided_worker_env=environment,
+        _emit_lambda_logs=write_log,
+        invoke_async_with_retry=invoke_later,
+        invalidate_worker=retire_workers,
+        release_worker=release_worker,
+    )
     replace(lambda_runtime.ProvidedWorker, _spawn=spawn, invoke=invoke)
     replace(provisioners._RESOURCE_HANDLERS["AWS::Lambda::Function"], create=create, update=update, delete=delete)
 
@@ -59,7 +68,7 @@ def update(name, old, new, stack_name, logical_id=None):
 
 
 def delete(name, props):
-    lambda_svc.invalidate_worker(name, account=get_account_id(), region=get_region())
+    retire_workers(name)
     provisioners._lambda_delete(name, props)
 
 
@@ -116,6 +125,41 @@ def environment(config, code_dir, port):
 
 def log_group(config):
     return (config.get("LoggingConfig") or {}).get("LogGroup") or f"/aws/lambda/{config['FunctionName']}"
+
+
+def invoke_later(function, event):
+    """Invokes as Lambda does for events: an error is tried again, twice unless the function says otherwise.
+
+    AWS waits for one minute and then two; here it is a moment.
+    """
+    settings = function.get("event_invoke_config") or function.get("event_invoke_configs", {}).get("$LATEST") or {}
+
+    def run():
+        for attempt in range(1 + int(settings.get("MaximumRetryAttempts", 2))):
+            time.sleep(attempt * 0.2)
+            if function["config"]["FunctionName"] not in lambda_svc._functions:
+                return
+            if not lambda_svc._execute_function_with_config_scope(function, event).get("error"):
+                return
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
+
+
+def retire_workers(name, qualifier=None, account=None, region=None):
+    """Ends the function's idle processes, and marks those that are at work to end after it."""
+    function = f"{get_account_id()}:{get_region()}:{name}:"
+    with lambda_runtime._lock:
+        keys = [key for key in lambda_runtime._workers if key.startswith(function)]
+        workers = [worker for key in keys for worker in lambda_runtime._workers.pop(key)]
+        for worker in workers:
+            worker.retired = worker.in_use
+    lambda_runtime.kill_workers([worker for worker in workers if not worker.retired])
+
+
+def release_worker(worker):
+    lambda_runtime.release_worker(worker)
+    if getattr(worker, "retired", False):
+        lambda_runtime.kill_workers([worker])
 
 
 stock_spawn = lambda_runtime.ProvidedWorker._spawn
