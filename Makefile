@@ -17,10 +17,10 @@ RUN := $(VENV)/bin/python
 help: ## List these targets
 	@awk -F':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: build-local $(VENV) ## Deploy, update and delete the four stacks on this machine, without AWS
+demo: build-local $(VENV)/installed ## Deploy, update and delete the four stacks on this machine, without AWS
 	PYTHONPATH=tests $(RUN) tests/demo.py --built build/local
 
-test: lint build-local $(VENV) ## Everything that must hold
+test: lint build-local $(VENV)/installed ## Everything that must hold
 	cargo test --locked
 	PYTHONPATH=tests HAIL_EMR_BUILT=$(CURDIR)/build/local $(RUN) -m pytest tests
 
@@ -68,16 +68,18 @@ $(STACKS:%=deploy-%): deploy-%: package ## Deploy one stack: make deploy-hail-s3
 	aws cloudformation deploy --template-file build/packaged/$*.yml --stack-name $* --capabilities CAPABILITY_IAM \
 	  --no-fail-on-empty-changeset $(if $(PARAMETERS),--parameter-overrides $(PARAMETERS))
 
-local: $(VENV) ## Start a local AWS that ends with this shell; build/aws/env has the variables to source
+local: $(VENV)/installed ## Start a local AWS that ends with this shell; build/aws/env has the variables to source
 	@PYTHONPATH=tests $(RUN) -m local_aws start --folder build/aws --with-pid $$(ps -o ppid= -p $$PPID)
 
-local-stop: $(VENV) ## Stop it
+local-stop: $(VENV)/installed ## Stop it
 	@PYTHONPATH=tests $(RUN) -m local_aws stop --folder build/aws
 
-$(VENV): tests/requirements.txt
-	$(PYTHON) -m venv $@.new
-	$@.new/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r tests/requirements.txt
-	rm -rf $@ && mv $@.new $@
+# The stamp is written last: an installation that was cut off is begun anew.
+$(VENV)/installed: tests/requirements.txt
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r tests/requirements.txt
+	touch $@
 
 clean: ## Remove what was built here
 	rm -rf build target

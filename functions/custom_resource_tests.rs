@@ -1,7 +1,5 @@
 //! The protocol as CloudFormation sees it: a real server takes the answers, and a test looks at nothing else.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use super::*;
 use lambda_runtime::Context;
 use serde_json::json;

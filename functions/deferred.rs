@@ -88,14 +88,14 @@ impl WaitingRoom {
             Err(failure) if failure.is(&["ConflictException"]) => {}
             other => return other.map(|_| ()),
         }
-        if let Some(there) = self.find(&deferral.key).await? {
-            if !there.callback.is_for_same_resource(&deferral.callback) {
-                return Err(Failure::new(format!(
-                    "resource {} already waits for {}: only one resource of a stack can",
-                    there.callback.logical_resource_id(),
-                    deferral.key
-                )));
-            }
+        if let Some(there) = self.find(&deferral.key).await?
+            && !there.callback.is_for_same_resource(&deferral.callback)
+        {
+            return Err(Failure::new(format!(
+                "resource {} already waits for {}: only one resource of a stack can",
+                there.callback.logical_resource_id(),
+                deferral.key
+            )));
         }
         self.scheduler
             .update_schedule()
