@@ -24,7 +24,7 @@ from local_aws import ACCOUNT, REGION, LocalAws, running
 
 # A function that does what the custom resource's properties (or the event) tell it.
 BOOTSTRAP = f"#!{sys.executable}\n" + textwrap.dedent(
-    '''
+    """
     import json, os, time, urllib.request, urllib.error
     api = f"http://{os.environ['AWS_LAMBDA_RUNTIME_API']}/2018-06-01/runtime/invocation"
     calls = 0
@@ -39,21 +39,29 @@ BOOTSTRAP = f"#!{sys.executable}\n" + textwrap.dedent(
             continue
         if "ResponseURL" in event and wanted.get("Answers", "1") != "0":
             body = {key: event[key] for key in ("StackId", "RequestId", "LogicalResourceId")}
+            reason = "asked to fail"
+            if wanted.get("Reads") and event["RequestType"] == "Create":
+                import boto3
+                try:
+                    boto3.client("s3").get_object(Bucket="functions", Key=wanted["Reads"])
+                except Exception as problem:
+                    wanted, reason = wanted | {"Status": "FAILED"}, str(problem)
             failed = wanted.get("Status") == "FAILED" and event["RequestType"] == wanted.get("On", "Create")
-            body |= {"Status": "FAILED" if failed else "SUCCESS", "Reason": "asked to fail"}
+            body |= {"Status": "FAILED" if failed else "SUCCESS", "Reason": reason}
+            pad = int(wanted.get("Pad", 0)) if event["RequestType"] == "Create" else 0
             body |= {"PhysicalResourceId": wanted.get("Id") or event.get("PhysicalResourceId", "made"), "Data": {
-                "Calls": str(calls), "Event": event["RequestType"], "Pad": "x" * (int(wanted.get("Pad", 0)) if event["RequestType"] == "Create" else 0),
+                "Calls": str(calls), "Event": event["RequestType"], "Pad": "x" * pad,
                 "Environment": ",".join(sorted(os.environ)), "Stream": os.environ["AWS_LAMBDA_LOG_STREAM_NAME"]}}
-            headers = {"Content-Type": ""}
             for kind in wanted.get("ContentTypes", [""] * int(wanted.get("Answers", "1"))):
-                put = urllib.request.Request(event["ResponseURL"], json.dumps(body).encode(), {"Content-Type": kind}, method="PUT")
+                put = urllib.request.Request(event["ResponseURL"], json.dumps(body).encode(), {"Content-Type": kind})
+                put.method = "PUT"
                 try:
                     urllib.request.urlopen(put)
                 except urllib.error.HTTPError as refused:
                     print("refused", refused.code, flush=True)
         time.sleep(float(wanted.get("Linger", 0)))
         urllib.request.urlopen(f"{api}/{request_id}/response", json.dumps({"environment": dict(os.environ)}).encode())
-    '''
+    """
 )
 
 
@@ -113,7 +121,9 @@ def function(aws):
             archive.writestr("bootstrap", bootstrap)
         s3.put_object(Bucket="functions", Key="function.zip", Body=package.getvalue())
         return {
-            "Role": role("lambda", statement(["logs:CreateLogStream", "logs:PutLogEvents"], get("Log", "Arn")), *policies),
+            "Role": role(
+                "lambda", statement(["logs:CreateLogStream", "logs:PutLogEvents"], get("Log", "Arn")), *policies
+            ),
             "Log": {"Type": "AWS::Logs::LogGroup"},
             "Function": {
                 "Type": "AWS::Lambda::Function",
@@ -223,7 +233,8 @@ def test_a_folder_has_one_at_a_time(aws):
 
 
 def test_it_ends_with_the_process_it_was_started_for_and_takes_its_functions_along(tmp_path):
-    program = "import sys, time; from local_aws import LocalAws; LocalAws(sys.argv[1]).__enter__(); print(1, flush=True); time.sleep(60)"
+    program = "import os, sys, time; from local_aws import LocalAws; LocalAws(sys.argv[1]).start(os.getpid())"
+    program += "; print('started', flush=True); time.sleep(60)"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     parent = subprocess.Popen([sys.executable, "-c", program, tmp_path], env=environment, stdout=subprocess.PIPE)
     parent.stdout.readline()
@@ -266,20 +277,21 @@ def invoke_forever(aws):
     functions.invoke(FunctionName="forever", InvocationType="Event", Payload=b"{}")
 
 
-def test_it_writes_below_its_folder_only(tmp_path):
+def test_it_writes_below_its_folder_only(tmp_path, tmp_path_factory):
     marker = tmp_path / "marker"
     marker.touch()
     with LocalAws(tmp_path / "aws") as aws:
         invoke_forever(aws)
         eventually(lambda: processes(str(tmp_path / "aws" / "tmp")))
-    here = Path(__file__).parent
-    searched = [str(path) for path in (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path.home(), here) if path.exists()]
-    found = subprocess.run(
-        ["find", *searched, "-xdev", "-newer", marker, "-type", "f", "-path", "*ministack*", "-not", "-path", f"{tmp_path}/*"],
-        capture_output=True,
-        text=True,
+    # The names that MiniStack gives its files and folders, where a program would put them, and compiled Python.
+    usual = [str(place) for place in (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path.home()) if place.exists()]
+    own = ["-not", "-path", f"{tmp_path_factory.getbasetemp()}/*", "-newer", marker]
+    strays = subprocess.run(["find", *usual, "-maxdepth", "3", *own, "-path", "*ministack*"], capture_output=True)
+    assert strays.stdout == b""
+    compiled = subprocess.run(
+        ["find", Path(__file__).parent / "local_aws", *own, "-name", "*.pyc"], capture_output=True
     )
-    assert found.stdout == ""
+    assert compiled.stdout == b""
 
 
 def test_the_environment_leads_nowhere_else(aws, monkeypatch):
@@ -288,6 +300,33 @@ def test_the_environment_leads_nowhere_else(aws, monkeypatch):
         assert "AWS_PROFILE" not in other.environment
         identity = subprocess.run(["aws", "sts", "get-caller-identity"], env=other.environment, capture_output=True)
         assert json.loads(identity.stdout)["Account"] == ACCOUNT
+
+
+def shell(command, folder):
+    """Runs a shell command with `local_aws` at hand and without the AWS variables of the local AWS."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent),
+        "FOLDER": str(folder),
+        "PYTHON": sys.executable,
+    }
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+
+
+def test_it_is_started_used_and_stopped_from_a_shell(tmp_path):
+    used = shell(
+        "$PYTHON -m local_aws start --folder $FOLDER && . $FOLDER/env && aws s3 mb s3://from-a-shell", tmp_path
+    )
+    assert "make_bucket: from-a-shell" in used.stdout, used.stderr
+    assert shell("$PYTHON -m local_aws stop --folder $FOLDER", tmp_path).returncode == 0
+    assert running(tmp_path) is None
+    assert "no local AWS runs" in shell("$PYTHON -m local_aws stop --folder $FOLDER", tmp_path).stderr
+
+
+def test_a_command_runs_with_one_of_its_own_and_its_exit_code_is_kept(tmp_path):
+    done = shell('$PYTHON -m local_aws run --folder $FOLDER -- bash -c "aws sts get-caller-identity; exit 7"', tmp_path)
+    assert (done.returncode, json.loads(done.stdout)["Account"]) == (7, ACCOUNT)
+    assert running(tmp_path) is None
 
 
 def test_the_control_api_refuses_what_it_does_not_know(aws):
@@ -301,7 +340,9 @@ def test_the_control_api_refuses_what_it_does_not_know(aws):
 
 
 def test_a_function_has_what_lambda_gives_and_nothing_of_the_server(stack, function):
-    done = stack(function(Environment={"Variables": {"OWN": "1"}}) | {"Thing": custom()}, Outputs=outputs("Environment"))
+    done = stack(
+        function(Environment={"Variables": {"OWN": "1"}}) | {"Thing": custom()}, Outputs=outputs("Environment")
+    )
     names = set(done["Outputs"][0]["OutputValue"].split(",")) - {"LC_CTYPE"}  # Python sets that one itself
     assert names == set(
         "PATH LANG TZ OWN _HANDLER LAMBDA_TASK_ROOT LAMBDA_RUNTIME_DIR AWS_REGION AWS_DEFAULT_REGION "
@@ -333,9 +374,21 @@ def test_a_role_without_log_permissions_leaves_no_log(stack, function, aws):
 @pytest.mark.parametrize(
     ("bootstrap", "properties", "reason"),
     [
-        (b"\x7fELF" + bytes(14) + b"\xb7\0", {"Architectures": ["x86_64"]}, "is built for arm64, but it declares x86_64"),
-        (b"\x7fELF" + bytes(14) + b"\x3e\0", {"Architectures": ["arm64"]}, "is built for x86_64, but it declares arm64"),
-        (b"\x7fELF" + bytes(14) + b"\xb7\0", {"Architectures": ["arm64"]}, "machine cannot run a bootstrap that is built"),
+        (
+            b"\x7fELF" + bytes(14) + b"\xb7\0",
+            {"Architectures": ["x86_64"]},
+            "is built for arm64, but it declares x86_64",
+        ),
+        (
+            b"\x7fELF" + bytes(14) + b"\x3e\0",
+            {"Architectures": ["arm64"]},
+            "is built for x86_64, but it declares arm64",
+        ),
+        (
+            b"\x7fELF" + bytes(14) + b"\xb7\0",
+            {"Architectures": ["arm64"]},
+            "machine cannot run a bootstrap that is built",
+        ),
         (b"print()", {}, "neither an ELF executable nor a script"),
         (b"", {"Runtime": "python3.12"}, "runs provided.\\* functions only"),
     ],
@@ -345,6 +398,17 @@ def test_a_function_that_cannot_run_is_refused(stack, function, bootstrap, prope
         pytest.skip("this machine can run it")
     assert stack(function(bootstrap, **properties))["StackStatus"] == "ROLLBACK_COMPLETE"
     assert re.search(reason, stack.reasons())
+
+
+def test_a_function_may_not_do_what_its_role_may_not(stack, function):
+    assert stack(function() | {"Thing": custom(Reads="function.zip")})["StackStatus"] == "ROLLBACK_COMPLETE"
+    assert re.search(r"AccessDenied.*assumed-role/.* is not authorized to perform: s3:GetObject", stack.reasons())
+
+
+def test_a_function_may_do_what_its_role_may(stack, function):
+    allowed = statement("s3:GetObject", "arn:aws:s3:::functions/*")
+    done = stack(function(policies=[allowed]) | {"Thing": custom(Reads="function.zip")})
+    assert done["StackStatus"] == "CREATE_COMPLETE", stack.reasons()
 
 
 def test_a_role_that_lambda_may_not_assume_is_refused(stack, function):
@@ -371,7 +435,7 @@ def test_a_stack_operation_is_answered_when_the_stack_has_settled(stack, functio
 
 def test_the_cli_deploys_in_seconds_and_progress_is_seen_meanwhile(aws, function, client, tmp_path):
     template = tmp_path / "template.json"
-    template.write_text(json.dumps({"Resources": function() | {"Thing": custom(Answers="0", ServiceTimeout=3)}}))
+    template.write_text(json.dumps({"Resources": function() | {"Thing": custom(Answers="0", ServiceTimeout=2)}}))
     command = ["aws", "cloudformation", "deploy", "--stack-name", "Cli", "--capabilities", "CAPABILITY_IAM"]
     began = time.monotonic()
     deploy = subprocess.Popen([*command, "--template-file", template], env=aws.environment, stderr=subprocess.PIPE)
@@ -395,7 +459,8 @@ def test_a_request_has_what_aws_sends(stack, function, aws, client):
     done = stack(function() | {"Thing": custom(Number=3, Yes=True)}, Outputs={"Group": {"Value": ref("Log")}})
     sent = logged(client, done["Outputs"][0]["OutputValue"])[0]
     assert set(sent) == set(
-        "RequestType ServiceToken ResponseURL StackId RequestId LogicalResourceId ResourceType ResourceProperties".split()
+        "RequestType ServiceToken ResponseURL StackId RequestId LogicalResourceId ResourceType "
+        "ResourceProperties".split()
     )
     assert sent["ResourceProperties"] | {"ServiceToken": ""} == {
         "ServiceToken": "", "ServiceTimeout": "10", "Number": "3", "Yes": "true",
@@ -483,7 +548,10 @@ QUEUE = {"Type": "AWS::Logs::LogGroup"}
 @pytest.mark.parametrize(
     ("resource", "reason"),
     [
-        ({"Type": "AWS::Logs::LogGroup", "Properties": {"KmsKeyId": "x"}}, "does not apply KmsKeyId of AWS::Logs::LogGroup"),
+        (
+            {"Type": "AWS::Logs::LogGroup", "Properties": {"KmsKeyId": "x"}},
+            "does not apply KmsKeyId of AWS::Logs::LogGroup",
+        ),
         ({"Type": "AWS::SQS::Queue"}, "was not checked for AWS::SQS::Queue"),
         ({"Type": "AWS::No::Type"}, "Unrecognized resource types: .AWS::No::Type"),
         ({"Type": "AWS::EMR::Cluster", "Properties": {"Steps": [], "Kerberos": 1}}, "does not apply Kerberos of"),
@@ -566,7 +634,11 @@ def test_the_create_only_properties_are_those_of_the_published_schemas():
     for kind, ours, replacing in (
         (emr.TYPE, emr.PROPERTIES, set(emr.PROPERTIES.split()) - emr.IN_PLACE - {"Instances"}),
         (sagemaker.NOTEBOOK, sagemaker.TYPES[sagemaker.NOTEBOOK], set(sagemaker.REPLACING[sagemaker.NOTEBOOK].split())),
-        (sagemaker.LIFECYCLE, sagemaker.TYPES[sagemaker.LIFECYCLE], set(sagemaker.REPLACING[sagemaker.LIFECYCLE].split())),
+        (
+            sagemaker.LIFECYCLE,
+            sagemaker.TYPES[sagemaker.LIFECYCLE],
+            set(sagemaker.REPLACING[sagemaker.LIFECYCLE].split()),
+        ),
         *((kind, names, set(names.split()) - {"Description"}) for kind, names in ec2.TYPES.items()),
     ):
         create_only, known = published(kind)
@@ -632,7 +704,13 @@ def arn(service, resource):
 @pytest.mark.parametrize(
     ("service", "operation", "arguments", "action", "resource"),
     [
-        ("sagemaker", "stop_notebook_instance", {"NotebookInstanceName": "ada"}, "StopNotebookInstance", "notebook-instance/ada"),
+        (
+            "sagemaker",
+            "stop_notebook_instance",
+            {"NotebookInstanceName": "ada"},
+            "StopNotebookInstance",
+            "notebook-instance/ada",
+        ),
         ("codebuild", "batch_get_builds", {"ids": ["ami:1"]}, "BatchGetBuilds", "project/ami"),
         ("codebuild", "stop_build", {"id": "ami:1"}, "StopBuild", "project/ami"),
         ("codebuild", "list_builds_for_project", {"projectName": "ami"}, "ListBuildsForProject", "project/ami"),
@@ -641,7 +719,13 @@ def arn(service, resource):
         ("emr", "cancel_steps", {"ClusterId": "j-1", "StepIds": ["s-1"]}, "CancelSteps", "cluster/j-1"),
         ("scheduler", "get_schedule", {"GroupName": "own", "Name": "one"}, "GetSchedule", "schedule/own/one"),
         ("scheduler", "delete_schedule", {"GroupName": "own", "Name": "one"}, "DeleteSchedule", "schedule/own/one"),
-        ("logs", "get_log_events", {"logGroupName": "g", "logStreamName": "s"}, "GetLogEvents", "log-group:g:log-stream:s"),
+        (
+            "logs",
+            "get_log_events",
+            {"logGroupName": "g", "logStreamName": "s"},
+            "GetLogEvents",
+            "log-group:g:log-stream:s",
+        ),
         ("logs", "create_log_stream", {"logGroupName": "g", "logStreamName": "s"}, "CreateLogStream", "log-group:g:*"),
         ("ssm", "put_parameter", {"Name": "/a/b", "Type": "String", "Value": "1"}, "PutParameter", "parameter/a/b"),
     ],
@@ -694,7 +778,12 @@ def scheduled(function, *target_permissions):
         "Group": {"Type": "AWS::Scheduler::ScheduleGroup"},
         "Schedule": {
             "Type": "AWS::Scheduler::Schedule",
-            "Properties": {**SCHEDULE, "ScheduleExpression": "rate(1 day)", "GroupName": ref("Group"), "Target": target},
+            "Properties": {
+                **SCHEDULE,
+                "ScheduleExpression": "rate(1 day)",
+                "GroupName": ref("Group"),
+                "Target": target,
+            },
         },
     }
 
@@ -816,7 +905,12 @@ def test_a_target_that_is_not_served_is_refused(stack, function, change, reason)
 def test_a_bucket_has_what_its_template_says(stack, client):
     rules = [
         {"Id": "a", "Status": "Enabled", "ExpirationInDays": 9, "Prefix": "logs/"},
-        {"Id": "b", "Status": "Enabled", "NoncurrentVersionExpiration": {"NoncurrentDays": 30}, "ExpiredObjectDeleteMarker": True},
+        {
+            "Id": "b",
+            "Status": "Enabled",
+            "NoncurrentVersionExpiration": {"NoncurrentDays": 30},
+            "ExpiredObjectDeleteMarker": True,
+        },
         {"Id": "c", "Status": "Enabled", "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 7}},
     ]
     encryption = {"ServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms"}, "BucketKeyEnabled": True}
@@ -852,7 +946,10 @@ def test_a_bucket_has_what_its_template_says(stack, client):
 
 @pytest.mark.parametrize("name", ["Upper", "ab", "under_score", "xn--a", "a..b", "1.2.3.4", "ends-", "my-s3alias"])
 def test_a_bucket_name_that_s3_would_refuse_is_refused(stack, name):
-    assert stack({"Bucket": {"Type": "AWS::S3::Bucket", "Properties": {"BucketName": name}}})["StackStatus"] == "ROLLBACK_COMPLETE"
+    assert (
+        stack({"Bucket": {"Type": "AWS::S3::Bucket", "Properties": {"BucketName": name}}})["StackStatus"]
+        == "ROLLBACK_COMPLETE"
+    )
     assert "naming rules" in stack.reasons()
 
 
@@ -932,7 +1029,9 @@ def test_a_build_takes_time_and_ends_in_a_tagged_image(project, client, aws, see
     assert image["Name"] == exported["AMI_NAME"].strip() and image["Name"].startswith("hail-")
     assert {"Key": "hail-version", "Value": "0.2.139"} in image["Tags"]
     assert image["CreationDate"]
-    log = client("logs").get_log_events(logGroupName=done["logs"]["groupName"], logStreamName=done["logs"]["streamName"])
+    log = client("logs").get_log_events(
+        logGroupName=done["logs"]["groupName"], logStreamName=done["logs"]["streamName"]
+    )
     assert log["events"][0]["message"] == "==> installing Hail\n"
     assert done["id"].endswith(done["logs"]["streamName"])
     started, finished = eventually(lambda: len(found := details()) == 2 and found)
@@ -956,12 +1055,18 @@ def test_a_build_fails_where_it_is_told_to(project, client, aws):
     ("change", "phase", "reason"),
     [
         ({"source": {"type": "S3", "location": "sources/none.zip"}}, "DOWNLOAD_SOURCE", "key does not exist"),
-        ({"source": {"type": "S3", "location": "sources/packer.zip", "buildspec": "b.yml"}}, "DOWNLOAD_SOURCE", "b.yml"),
+        (
+            {"source": {"type": "S3", "location": "sources/packer.zip", "buildspec": "b.yml"}},
+            "DOWNLOAD_SOURCE",
+            "b.yml",
+        ),
         ({"serviceRole": []}, "SUBMITTED", "does not allow logs:"),
         ({"serviceRole": ["logs:*"]}, "DOWNLOAD_SOURCE", "may not s3:GetObject"),
     ],
 )
-def test_a_build_fails_like_a_real_one_without_its_source_or_permissions(project, client, service_role, change, phase, reason):
+def test_a_build_fails_like_a_real_one_without_its_source_or_permissions(
+    project, client, service_role, change, phase, reason
+):
     if "serviceRole" in change:
         change = {"serviceRole": service_role("codebuild", statement(["none:None", *change["serviceRole"]]))}
     client("codebuild").update_project(name="ami", **change)
@@ -974,7 +1079,9 @@ def test_a_build_fails_like_a_real_one_without_its_source_or_permissions(project
 def test_a_build_is_stopped_and_stays_stopped(project, client, aws):
     aws.control("builds", seconds=0.5)
     codebuild = client("codebuild")
-    build = codebuild.start_build(projectName="ami", environmentVariablesOverride=overrides(AMI_NAME="stopped"))["build"]
+    build = codebuild.start_build(projectName="ami", environmentVariablesOverride=overrides(AMI_NAME="stopped"))[
+        "build"
+    ]
     assert codebuild.stop_build(id=build["arn"])["build"]["buildStatus"] == "STOPPED"
     time.sleep(0.7)
     found = codebuild.batch_get_builds(ids=[build["arn"], "ami:none"])
@@ -1135,15 +1242,19 @@ def test_a_cluster_of_a_template_is_waiting_and_described(stack, cluster, client
 def test_policies_and_tags_are_updated_in_place_and_the_rest_replaces_the_cluster(stack, cluster, client):
     first = cluster_of(stack(cluster(groups=False), Outputs=ID))
     policy = {"AutoTerminationPolicy": {"IdleTimeout": "3600"}, "StepConcurrencyLevel": 2}
-    assert cluster_of(stack(cluster(groups=False, **policy), Outputs=ID)) == first
+    resources = cluster(groups=False, **policy)
+    resources["Cluster"]["Properties"]["Instances"]["CoreInstanceGroup"]["InstanceCount"] = 5
+    assert cluster_of(stack(resources, Outputs=ID)) == first
     emr = client("emr")
+    assert emr.list_instance_groups(ClusterId=first)["InstanceGroups"][1]["RequestedInstanceCount"] == 5
     assert emr.get_auto_termination_policy(ClusterId=first)["AutoTerminationPolicy"] == {"IdleTimeout": 3600}
     emr.remove_auto_termination_policy(ClusterId=first)
     assert "AutoTerminationPolicy" not in emr.get_auto_termination_policy(ClusterId=first)
     limits = {"UnitType": "Instances", "MinimumCapacityUnits": 1, "MaximumCapacityUnits": 4}
     emr.put_managed_scaling_policy(ClusterId=first, ManagedScalingPolicy={"ComputeLimits": limits})
     assert emr.get_managed_scaling_policy(ClusterId=first)["ManagedScalingPolicy"]["ComputeLimits"] == limits
-    second = cluster_of(stack(cluster(groups=False, ReleaseLabel="emr-7.12.0", **policy), Outputs=ID))
+    resources["Cluster"]["Properties"]["ReleaseLabel"] = "emr-7.12.0"
+    second = cluster_of(stack(resources, Outputs=ID))
     assert second != first
     assert emr.describe_cluster(ClusterId=first)["Cluster"]["Status"]["State"] == "TERMINATED"
 

@@ -212,12 +212,13 @@ def source_failure(project, build):
     """The phase and the reason, if a real build could not get as far as running its buildspec."""
     role, group = project["serviceRole"], build["logs"]["groupName"]
     arn = f"arn:aws:logs:{get_region()}:{get_account_id()}:log-group:{group}"
-    for action, resource in (
+    needed = [
         ("logs:CreateLogStream", f"{arn}:*"),
         ("logs:PutLogEvents", f"{arn}:log-stream:{build['logs']['streamName']}"),
-    ):
-        if group not in cloudwatch_logs._log_groups and not iam.allows(role, "logs:CreateLogGroup", f"{arn}:*"):
-            action = "logs:CreateLogGroup"
+    ]
+    if group not in cloudwatch_logs._log_groups:
+        needed.insert(0, ("logs:CreateLogGroup", f"{arn}:*"))
+    for action, resource in needed:
         if not iam.allows(role, action, resource):
             return "SUBMITTED", f"ACCESS_DENIED: Service role {role} does not allow {action} on {resource}"
     source = project["source"]

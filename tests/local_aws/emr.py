@@ -5,7 +5,8 @@
   concurrency says, and can be cancelled; nothing is executed. Each change sends "EMR Step Status Change".
 - ListSteps gives the newest first. A terminated cluster takes no steps.
 - Managed scaling and auto-termination policies are put, shown and removed; nothing scales or ends.
-- AWS::EMR::Cluster: only IN_PLACE is updated, anything else replaces the cluster. Ref is the id.
+- AWS::EMR::Cluster: IN_PLACE and the number of core nodes are updated, anything else replaces the cluster. Ref is
+  the id.
 - Requests are checked against the API model, and that the image, subnet, groups, roles and key pair exist.
 - A cluster adds the rules that EMR needs to its managed security groups, as EMR does, and leaves them there: groups
   that name each other cannot be deleted unless the template declares these rules itself.
@@ -16,7 +17,7 @@ import threading
 import time
 
 from ministack import app
-from ministack.core.responses import error_response_json, get_region, json_response
+from ministack.core.responses import error_response_json, json_response
 from ministack.services import ec2, emr, iam as ministack_iam
 from ministack.services.cloudformation import provisioners
 
@@ -374,15 +375,23 @@ def renamed(value):
 
 
 def update(cluster_id, old, new, stack_name):
-    if old.get("Instances") != new.get("Instances"):
+    if without_core_count(old) != without_core_count(new):
         return provisioners._replace_resource(TYPE, cluster_id, old, new, stack_name, None)
     cluster, request = emr._clusters[cluster_id], job_flow(new)
+    for group, asked in zip(cluster["InstanceGroups"], request["Instances"]["InstanceGroups"], strict=True):
+        group["RequestedInstanceCount"] = group["RunningInstanceCount"] = asked["InstanceCount"]
     cluster["StepConcurrencyLevel"] = request.get("StepConcurrencyLevel", 1)
     cluster["VisibleToAllUsers"] = request.get("VisibleToAllUsers", True)
     cluster["Tags"] = request.get("Tags", [])
     for name in ("ManagedScalingPolicy", "AutoTerminationPolicy"):
         change_policy(name, {"ClusterId": cluster_id}, request.get(name))
     return cluster_id, attributes(cluster)
+
+
+def without_core_count(props):
+    """The instances less what may change on a live cluster: how many core nodes there are."""
+    core = {k: v for k, v in props["Instances"].get("CoreInstanceGroup", {}).items() if k != "InstanceCount"}
+    return {**props["Instances"], "CoreInstanceGroup": core}
 
 
 def delete(cluster_id, props):

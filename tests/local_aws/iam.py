@@ -55,9 +55,9 @@ def resource_arn(service, method, path, headers, body, query, region, account):
         if name := member("NotebookInstanceLifecycleConfigName"):
             return arn(f"notebook-instance-lifecycle-config/{name.lower()}")
     if service == "logs" and (group := member("logGroupName")):
-        if stream := member("logStreamName"):
-            if not headers.get("x-amz-target", "").endswith("CreateLogStream"):
-                return arn(f"log-group:{group}:log-stream:{stream}")
+        stream = member("logStreamName")
+        if stream and not headers.get("x-amz-target", "").endswith("CreateLogStream"):
+            return arn(f"log-group:{group}:log-stream:{stream}")
         return arn(f"log-group:{group}:*")
     return stock_resource_arn(service, method, path, headers, body, query, region, account)
 
@@ -124,7 +124,5 @@ def profile_create(logical_id, props, stack_name):
 
 
 def profile_update(name, old, new, stack_name, logical_id=None):
-    arn, attributes = provisioners._iam_ip_update(
-        iam._instance_profiles[name]["Arn"], old, new, stack_name, logical_id
-    )
+    arn, attributes = provisioners._iam_ip_update(iam._instance_profiles[name]["Arn"], old, new, stack_name, logical_id)
     return arn.rsplit("/", 1)[-1], attributes

@@ -46,7 +46,9 @@ def delete(name, _):
 
 def check_name(name):
     if not NAME.fullmatch(name) or name.endswith(RESERVED_ENDS):
-        raise ValueError(f"Bucket name {name!r} breaks S3's naming rules: 3 to 63 lower-case letters, digits, '-' or '.'")
+        raise ValueError(
+            f"Bucket name {name!r} breaks S3's naming rules: 3 to 63 lower-case letters, digits, '-' or '.'"
+        )
 
 
 def configure(name, props):
@@ -96,11 +98,15 @@ def encryption(config):
 
 
 def ownership(config):
-    return document("OwnershipControls", *(xml("Rule", text("ObjectOwnership", r["ObjectOwnership"])) for r in config["Rules"]))
+    return document(
+        "OwnershipControls", *(xml("Rule", text("ObjectOwnership", r["ObjectOwnership"])) for r in config["Rules"])
+    )
 
 
 def tagging(tags):
-    return document("Tagging", xml("TagSet", *(xml("Tag", text("Key", t["Key"]), text("Value", t["Value"])) for t in tags)))
+    return document(
+        "Tagging", xml("TagSet", *(xml("Tag", text("Key", t["Key"]), text("Value", t["Value"])) for t in tags))
+    )
 
 
 def lifecycle(config):

@@ -333,4 +333,3 @@ def delete_lifecycle(resource_arn, props):
 
 def lifecycle_result(name):
     return arn("notebook-instance-lifecycle-config", name), {"NotebookInstanceLifecycleConfigName": name}
-
