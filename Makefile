@@ -57,6 +57,7 @@ endef
 
 package: build ## Upload the functions to CODE_BUCKET; build/packaged/ then has templates that any launch takes
 	@test -n "$(CODE_BUCKET)" || { echo "usage: make package CODE_BUCKET=a-bucket-of-yours"; exit 2; }
+	@$(PYTHON) tests/assets_digest.py > /dev/null
 	mkdir -p build/packaged
 	set -e; for stack in $(STACKS); do \
 	  aws cloudformation package --template-file templates/$$stack.yml --s3-bucket "$(CODE_BUCKET)" \

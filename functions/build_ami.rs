@@ -38,6 +38,9 @@ const LATEST: &str = "/hail/ami/latest";
 /// The variable of a build that holds the digest of what it was asked for.
 const BUILD_INPUTS: &str = "BUILD_INPUTS";
 
+/// How SSM says that there is no such parameter.
+const PARAMETER_IS_GONE: &str = "ParameterNotFound";
+
 /// Lines at the end of a failed build's log that its reason quotes.
 const LOG_LINES: i32 = 15;
 
@@ -249,6 +252,10 @@ impl BuildAmi {
     }
 
     async fn put_parameter(&self, name: &str, ami_id: &str) -> Result<(), Failure> {
+        // Every resource of the chain gets here, and an event besides.
+        if self.parameter(name).await?.as_deref() == Some(ami_id) {
+            return Ok(());
+        }
         self.ssm
             .put_parameter()
             .name(name)
@@ -262,22 +269,22 @@ impl BuildAmi {
             .map_err(|error| Failure::aws(format!("publishing AMI {ami_id} as parameter {name}"), error))
     }
 
+    async fn parameter(&self, name: &str) -> Result<Option<String>, Failure> {
+        let there = self.ssm.get_parameter().name(name).send().await;
+        match there.map_err(|error| Failure::aws(format!("reading parameter {name}"), error)) {
+            Err(failure) if failure.is(&[PARAMETER_IS_GONE]) => Ok(None),
+            there => Ok(there?.parameter.and_then(|parameter| parameter.value)),
+        }
+    }
+
     /// Removes a parameter if it still holds one of these AMIs: another stack may have published since.
     async fn withdraw(&self, name: &str, ami_ids: &[String]) -> Result<(), Failure> {
-        const GONE: [&str; 1] = ["ParameterNotFound"];
-        let doing = || format!("removing parameter {name}");
-        let there = self.ssm.get_parameter().name(name).send().await;
-        let there = match there.map_err(|error| Failure::aws(doing(), error)) {
-            Err(failure) if failure.is(&GONE) => return Ok(()),
-            there => there?,
-        };
-        let value = there.parameter.and_then(|parameter| parameter.value).unwrap_or_default();
-        if !ami_ids.contains(&value) {
+        if !self.parameter(name).await?.is_some_and(|ami_id| ami_ids.contains(&ami_id)) {
             return Ok(());
         }
         let removed = self.ssm.delete_parameter().name(name).send().await;
-        match removed.map_err(|error| Failure::aws(doing(), error)) {
-            Err(failure) if !failure.is(&GONE) => Err(failure),
+        match removed.map_err(|error| Failure::aws(format!("removing parameter {name}"), error)) {
+            Err(failure) if !failure.is(&[PARAMETER_IS_GONE]) => Err(failure),
             _ => Ok(()),
         }
     }

@@ -130,7 +130,7 @@ pub enum Progress<P: Provider + ?Sized> {
 /// The resource that a request is about.
 #[derive(Debug, Clone)]
 pub struct Resource {
-    /// Derived from the stack, the logical id and the provider's identity; for a Delete the one it was given.
+    /// Derived from the stack, the logical id and the provider's identity.
     pub physical_id: String,
     /// The same for a repeated invocation: an idempotency token.
     pub request_id: String,
@@ -336,30 +336,26 @@ impl<P: Provider> Function<P> {
     ) -> Result<Done, Failure> {
         let request_type = text(payload, "RequestType").unwrap_or_default();
         info!(request_type, logical_id = callback.logical_resource_id, request_id = callback.request_id, "request");
-        if request_type == "Delete" && *physical_id.borrow() == NOTHING_MADE {
+        if request_type == "Delete" && text(payload, "PhysicalResourceId") == Some(NOTHING_MADE) {
             return Ok(Done::Now(Value::Null));
         }
         let resource_type = text(payload, "ResourceType").unwrap_or_default();
         let properties = &payload["ResourceProperties"];
         let new = self.provider.read(resource_type, properties.clone()).map_err(Failure::new)?;
-        let resource = |physical_id: &str| Resource {
-            physical_id: physical_id.to_owned(),
-            request_id: callback.request_id.clone(),
-        };
+        let derived = derive_physical_id(callback, &self.provider.identity(&new));
+        let resource = Resource { physical_id: derived.clone(), request_id: callback.request_id.clone() };
         let answer = match request_type {
-            "Delete" => {
-                let resource = resource(&physical_id.borrow());
-                return self.provider.delete(&resource, new).await.map(|()| Done::Now(Value::Null));
-            }
+            // The answer names the id that it was given, which after a Create that timed out is one of
+            // CloudFormation's own invention.
+            "Delete" => return self.provider.delete(&resource, new).await.map(|()| Done::Now(Value::Null)),
             "Create" | "Update" => {
                 self.provider.check(&new).map_err(Failure::new)?;
-                let derived = derive_physical_id(callback, &self.provider.identity(&new));
-                physical_id.replace(derived.clone());
+                physical_id.replace(derived);
                 if request_type == "Create" {
-                    self.provider.create(&resource(&derived), new).await?
+                    self.provider.create(&resource, new).await?
                 } else {
                     let old = self.provider.read(resource_type, payload["OldResourceProperties"].clone()).ok();
-                    self.provider.update(&resource(&derived), new, old).await?
+                    self.provider.update(&resource, new, old).await?
                 }
             }
             other => {

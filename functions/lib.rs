@@ -19,7 +19,7 @@
 //! - The modules of the functions do not import each other.
 //! - Only [`custom_resource`] and [`deferred`] know the response URL, and neither logs it.
 //! - Physical ids are derived, never invented, so that a repeated invocation gives the same one.
-//! - A Delete acts on what its own physical id names and on nothing else.
+//! - A Delete takes away what its own resource made and nothing else.
 //! - An event is a hint that something may have changed; what did change is always read from AWS itself.
 
 pub mod add_plot_steps;
