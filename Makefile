@@ -34,9 +34,11 @@ fmt: ## Format the Rust code
 digest: ## Write the digest of what is seeded into templates/hail-s3.yml, after changing any of it
 	$(PYTHON) tests/assets_digest.py --write
 
-# Lambda runs these on arm64, which costs a fifth less than x86_64. cargo-lambda brings the linker.
+# What the templates' FunctionArchitecture says: arm64, which costs a fifth less, or x86_64. cargo-lambda brings the
+# linker.
+ARCHITECTURE ?= arm64
 build: ## Build the functions for AWS Lambda
-	cargo lambda build --locked --release --arm64
+	cargo lambda build --locked --release --$(subst _,-,$(ARCHITECTURE))
 	@$(call stage,$(CARGO_TARGET_DIR)/lambda,/bootstrap,build)
 
 build-local: ## Build the functions for this machine
