@@ -4,7 +4,7 @@
 //! | | |
 //! |---|---|
 //! | properties | `HailBucket`, `NotebookBucket`; `AssetsDigest`, which changes when the assets do |
-//! | Data | `AssetsDigest`; `Uploaded`, `Unchanged`, `Removed` (counts); `Kept` (objects that people changed); `PackerZip` (key) |
+//! | Data | `AssetsDigest`; `Uploaded`, `Unchanged`, `Removed` (counts); `Kept` (objects that people changed, or `nothing`); `PackerZip` (key) |
 //! | Create, Update | make the buckets hold what is shipped |
 //! | Delete | removes what it put and nothing else |
 //! | replacement | another bucket |
@@ -525,6 +525,9 @@ fn name_some(buckets: &Buckets, places: Vec<Place>) -> String {
         .map(|(bucket, key)| format!("s3://{}/{}", buckets.name(bucket), key.chars().take(200).collect::<String>()))
         .collect();
     names.sort();
+    if names.is_empty() {
+        names.push("nothing".into());
+    }
     if more > 0 {
         names.push(format!("and {more} more"));
     }

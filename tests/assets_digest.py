@@ -1,7 +1,9 @@
-"""The digest of what seed-buckets ships, as templates/hail-s3.yml has to have it.
+"""The digests that templates have to have, since CloudFormation only updates a resource whose properties changed.
 
-CloudFormation only updates a resource whose properties changed, so a changed notebook, script or packer file has to
-change one. Without arguments: prints the digest, and fails if the template has another. With --write: puts it there.
+- of what seed-buckets ships, in hail-s3.yml: a changed notebook, script or packer file;
+- of the start script, in hail-jupyter.yml: it only arrives at a notebook instance's next start.
+
+Without arguments: prints them, and fails if a template has another. With --write: puts them there.
 """
 
 import hashlib
@@ -14,6 +16,9 @@ FOLDERS = ("jupyter/common-notebooks", "jupyter/scripts", "packer")
 LITTER = {"__pycache__", ".ipynb_checkpoints"}
 TEMPLATE = "templates/hail-s3.yml"
 LITERAL = re.compile(r'(?<=AssetsDigest: ")[0-9a-f]{64}(?=")')
+START_TEMPLATE = "templates/hail-jupyter.yml"
+START_LITERAL = re.compile(r'(?<=Lifecycle: !Sub ")[0-9a-f]{64}(?= )')
+START_SCRIPT = re.compile(r"^( +)Fn::Base64: !Sub \|\n((?:\1 +.*\n|\n)+)", re.MULTILINE)
 
 
 def assets(root):
@@ -32,25 +37,34 @@ def digest(root=ROOT):
     return whole.hexdigest()
 
 
-def written(root=ROOT):
-    """The digest in the template."""
-    found = LITERAL.findall((root / TEMPLATE).read_text())
+def start_digest(root=ROOT):
+    """Of the start script as the template has it."""
+    [(_, script)] = START_SCRIPT.findall((root / START_TEMPLATE).read_text())
+    return hashlib.sha256(script.encode()).hexdigest()
+
+
+def written(root=ROOT, template=TEMPLATE, literal=LITERAL):
+    """The digest in a template."""
+    found = literal.findall((root / template).read_text())
     if len(found) != 1:
-        sys.exit(f"{TEMPLATE} has {len(found)} literals for AssetsDigest and should have one of 64 hexadecimal digits.")
+        sys.exit(f"{template} has {len(found)} literals {literal.pattern} and should have one.")
     return found[0]
 
 
 def main(arguments):
     if arguments not in ([], ["--write"]):
         sys.exit("usage: assets_digest.py [--write]")
-    is_now, is_written = digest(), written()
-    print(is_now)
-    if is_now == is_written:
-        return
-    if arguments == []:
-        sys.exit(f"{TEMPLATE} has {is_written}; write the new digest with: make digest")
-    template = ROOT / TEMPLATE
-    template.write_text(LITERAL.sub(is_now, template.read_text()))
+    for template, literal, is_now in (
+        (TEMPLATE, LITERAL, digest()),
+        (START_TEMPLATE, START_LITERAL, start_digest()),
+    ):
+        is_written = written(ROOT, template, literal)
+        print(is_now)
+        if is_now == is_written:
+            continue
+        if arguments == []:
+            sys.exit(f"{template} has {is_written}; write the new digest with: make digest")
+        (ROOT / template).write_text(literal.sub(is_now, (ROOT / template).read_text()))
 
 
 if __name__ == "__main__":

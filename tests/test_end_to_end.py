@@ -66,7 +66,7 @@ def test_each_stack_says_in_its_outputs_what_it_made(system, outputs):
     notebook = outputs["hail-jupyter"]
     assert notebook["BackupFolder"] == f"s3://{outputs['hail-s3']['NotebookBucket']}/ada/"
     assert notebook["Refresh"] == "InService, restarted: false"
-    assert outputs["hail-s3"]["Seeding"] == "8 uploaded, 0 unchanged, 0 removed, left alone: "
+    assert outputs["hail-s3"]["Seeding"] == "8 uploaded, 0 unchanged, 0 removed, left alone: nothing"
     assert re.fullmatch("ami-[0-9a-f]{17}", outputs["hail-ami"]["AmiId"])
     assert outputs["hail-ami"]["AmiName"].startswith("hail-")
     cluster = outputs["hail-emr"]
@@ -199,7 +199,7 @@ def test_what_is_there_already_is_not_uploaded_again(system, outputs):
 
     before = versions()
     assert system.update("hail-s3", packaged=with_digest(system, "a" * 64)) == "UPDATE_COMPLETE"
-    assert system.outputs("hail-s3")["Seeding"] == "0 uploaded, 8 unchanged, 0 removed, left alone: "
+    assert system.outputs("hail-s3")["Seeding"] == "0 uploaded, 8 unchanged, 0 removed, left alone: nothing"
     assert system.update("hail-s3") == "UPDATE_COMPLETE"
     assert versions() == before
 

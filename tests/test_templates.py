@@ -493,6 +493,11 @@ def test_the_digest_changes_with_names_contents_and_modes(tmp_path):
     assert assets_digest.digest(tmp_path) == digests[-1]
 
 
+def test_the_digest_of_the_start_script_is_that_of_the_script():
+    is_written = assets_digest.written(ROOT, assets_digest.START_TEMPLATE, assets_digest.START_LITERAL)
+    assert is_written == assets_digest.start_digest(), "write it with: make digest"
+
+
 def test_the_start_script_runs_and_fits():
     content = resources("hail-jupyter")["NotebookLifecycle"]["Properties"]["OnStart"][0]["Content"]
     script = content["Fn::Base64"]["Fn::Sub"]
