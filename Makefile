@@ -22,7 +22,7 @@ demo: build-local $(VENV)/installed ## Deploy, update and delete the four stacks
 
 test: lint build-local $(VENV)/installed ## Everything that must hold
 	cargo test --locked
-	PYTHONPATH=tests HAIL_EMR_BUILT=$(CURDIR)/build/local $(RUN) -m pytest tests
+	PYTHONPATH=tests HAIL_EMR_BUILT=$(CURDIR)/build/local $(RUN) -m pytest -ra tests
 
 lint: ## Formatting, and the compiler's and clippy's warnings
 	cargo fmt --check

@@ -506,6 +506,13 @@ def test_a_function_that_fails_is_invoked_again_with_the_same_request(stack, fun
     assert len(aws.control("answers")) == 1
 
 
+def test_a_stack_whose_creation_was_rolled_back_is_not_updated(stack, function):
+    failing = {**function(), "Thing": custom(Status="FAILED")}
+    assert stack(failing)["StackStatus"] == "ROLLBACK_COMPLETE"
+    with pytest.raises(ClientError, match="is in ROLLBACK_COMPLETE state and can not be updated"):
+        stack(failing)
+
+
 def test_a_failed_create_is_followed_by_a_delete_of_what_it_answered(stack, function, aws):
     assert stack(function() | {"Thing": custom(Status="FAILED", Id="half-made")})["StackStatus"] == "ROLLBACK_COMPLETE"
     assert "Message returned: asked to fail" in stack.reasons()

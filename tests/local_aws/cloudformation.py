@@ -2,6 +2,7 @@
 
 - A stack operation is answered when the stack has settled (or after SETTLE seconds), so that the waiters of the CLI,
   which ask every 30 seconds, end at once. Other connections are served meanwhile.
+- A stack whose creation was rolled back can only be deleted.
 - Custom resources are asked as AWS asks: the request also has ServiceToken at the top, the function is invoked
   asynchronously (an error is retried twice), and the answer is checked. A Create that failed is followed by a Delete
   of the physical id that it answered. Every request and its answers are written down (POST /_hail/answers).
@@ -25,6 +26,7 @@ from ministack.services.cloudformation import (
     custom_resource,
     engine,
     handlers,
+    helpers,
     provisioners,
     stacks,
 )
@@ -36,6 +38,7 @@ from .seams import replace
 
 SETTLE = 25
 OPERATIONS = ("CreateStack", "UpdateStack", "DeleteStack", "ExecuteChangeSet")
+UPDATES = ("UpdateStack", "CreateChangeSet")
 
 # The properties that are applied (or, like a Description, do nothing on AWS either), for every type that may be used.
 PROPERTIES = {
@@ -95,16 +98,26 @@ def install():
 
 async def handle_request(method, path, headers, body, query):
     """Answers a stack operation when its stack has settled."""
-    answer = await stock_handle(method, path, headers, body, query)
     asked = {**query, **parse_qs(body.decode())}
-    if answer[0] == 200 and asked.get("Action", [""])[0] in OPERATIONS:
-        name = asked["StackName"][0] if "StackName" in asked else asked["ChangeSetName"][0]
-        stack = cloudformation._stacks.get(name.split("/")[1] if name.startswith("arn:") else name)
+    action = asked.get("Action", [""])[0]
+    stack = stack_of(asked)
+    if action in UPDATES and stack and stack["StackStatus"] in ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED"):
+        said = f"Stack:{stack['StackId']} is in {stack['StackStatus']} state and can not be updated."
+        return helpers._error("ValidationError", said)
+    answer = await stock_handle(method, path, headers, body, query)
+    if answer[0] == 200 and action in OPERATIONS:
+        stack = stack_of(asked)
         until = time.monotonic() + SETTLE
         await asyncio.sleep(0)  # the operation's task marks the stack when it first runs
         while stack and stack["StackStatus"].endswith("_IN_PROGRESS") and time.monotonic() < until:
             await asyncio.sleep(0.02)
     return answer
+
+
+def stack_of(asked):
+    """The stack that a request names, by name or ARN, itself or through its change set."""
+    [name] = asked.get("StackName") or asked.get("ChangeSetName") or [""]
+    return cloudformation._stacks.get(name.split("/")[1] if name.startswith("arn:") else name)
 
 
 # What a template and its parameters may say
