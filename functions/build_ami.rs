@@ -4,7 +4,7 @@
 //! | `Custom::HailAmi` | |
 //! |---|---|
 //! | properties | `ProjectName`, `AmiName`, `HailVersion`, `VepVersion` (`none` or a release), `EmrReleaseLabel`, `RebuildToken` (any text) |
-//! | Create, Update | starts a build, unless the project has built, or is building, the same thing |
+//! | Create, Update | starts a build, unless the project has built, or is building, the same thing; an Update stops the build of what it goes away from |
 //! | Delete | stops the project's running builds and removes the parameters it published; AMIs are kept |
 //! | **`Custom::HailAmiWait`** | |
 //! | properties | `ProjectName`, `BuildId` of the resource before, `LastWait` (`true` on the last one) |
@@ -235,6 +235,16 @@ impl BuildAmi {
         build_id.ok_or_else(|| Failure::new(format!("{} gave no build id", doing())))
     }
 
+    /// Stops those of the builds that run.
+    async fn stop(&self, builds: impl Iterator<Item = &Build>) -> Result<(), Failure> {
+        for build in builds.filter(|build| build.build_status() == Some(&StatusType::InProgress)) {
+            let id = build.id().unwrap_or_default();
+            let stopped = self.codebuild.stop_build().id(id).send().await;
+            stopped.map_err(|error| Failure::aws(format!("stopping build {id}"), error))?;
+        }
+        Ok(())
+    }
+
     /// Publishes an AMI under its name, and as the latest where it is.
     async fn publish(&self, ami: &Ami, is_latest: bool) -> Result<(), Failure> {
         self.put_parameter(&format!("/hail/ami/{}", ami.ami_name), &ami.ami_id).await?;
@@ -381,11 +391,7 @@ impl Provider for BuildAmi {
             Err(failure) if failure.is(&["ResourceNotFoundException"]) => return Ok(()),
             builds => builds?,
         };
-        for build in builds.iter().filter(|build| build.build_status() == Some(&StatusType::InProgress)) {
-            let id = build.id().unwrap_or_default();
-            let stopped = self.codebuild.stop_build().id(id).send().await;
-            stopped.map_err(|error| Failure::aws(format!("stopping build {id}"), error))?;
-        }
+        self.stop(builds.iter()).await?;
         let amis: Vec<_> = builds.iter().filter_map(|build| ami_of(build).ok()).collect();
         let ami_ids: Vec<_> = amis.iter().map(|ami| ami.ami_id.clone()).collect();
         for ami in &amis {

@@ -415,8 +415,9 @@ impl<P: Provider> Function<P> {
             Ok(Progress::Waiting(awaited)) if time_is_over => self.provider.gave_up(&awaited).and_then(to_value),
             Ok(Progress::Waiting(awaited)) => {
                 let awaited = to_value(awaited)?;
+                // Replaced and not put: where it has been answered meanwhile, it must not come back.
                 if awaited != deferral.awaited {
-                    room.put(&Deferral { awaited, ..deferral }, &invocation.function_arn).await?;
+                    room.replace(&Deferral { awaited, ..deferral }, &invocation.function_arn).await?;
                 }
                 return Ok(());
             }

@@ -21,6 +21,12 @@ use aws_sdk_scheduler::types::{FlexibleTimeWindow, FlexibleTimeWindowMode, Retry
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+/// How often a waiting request looks for itself.
+const EVERY_MINUTE: &str = "rate(1 minute)";
+
+/// How Scheduler says that there is no such schedule.
+const IS_GONE: &str = "ResourceNotFoundException";
+
 /// A request that waits.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -60,54 +66,70 @@ impl WaitingRoom {
     /// Lets a request wait. A request of the same resource that already waits under this name is replaced:
     /// CloudFormation has given it up, or it is this very one.
     pub async fn put(&self, deferral: &Deferral, function_arn: &str) -> Result<(), Failure> {
-        let doing = || format!("letting the request wait for {} in schedule group {}", deferral.key, self.group);
-        let defect = |why: &dyn std::fmt::Display| Failure::new(format!("{} failed: {why}", doing()));
-        let target = Target::builder()
+        // Again where the one that was there is taken out just when it is to be replaced.
+        loop {
+            let created = self
+                .scheduler
+                .create_schedule()
+                .name(&deferral.key)
+                .group_name(&self.group)
+                .schedule_expression(EVERY_MINUTE)
+                .flexible_time_window(at_once()?)
+                .target(self.target(deferral, function_arn)?)
+                .send()
+                .await
+                .map_err(|error| Failure::aws(self.putting(deferral), error));
+            match created {
+                Err(failure) if failure.is(&["ConflictException"]) => {}
+                other => return other.map(|_| ()),
+            }
+            if let Some(there) = self.find(&deferral.key).await?
+                && !there.callback.is_for_same_resource(&deferral.callback)
+            {
+                return Err(Failure::new(format!(
+                    "resource {} already waits for {}: only one resource of a stack can",
+                    there.callback.logical_resource_id(),
+                    deferral.key
+                )));
+            }
+            if self.replace(deferral, function_arn).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Changes what waits under a name, or says that nothing does any more.
+    pub async fn replace(&self, deferral: &Deferral, function_arn: &str) -> Result<bool, Failure> {
+        let replaced = self
+            .scheduler
+            .update_schedule()
+            .name(&deferral.key)
+            .group_name(&self.group)
+            .schedule_expression(EVERY_MINUTE)
+            .flexible_time_window(at_once()?)
+            .target(self.target(deferral, function_arn)?)
+            .send()
+            .await
+            .map_err(|error| Failure::aws(self.putting(deferral), error));
+        match replaced {
+            Err(failure) if failure.is(&[IS_GONE]) => Ok(false),
+            replaced => replaced.map(|_| true),
+        }
+    }
+
+    fn putting(&self, deferral: &Deferral) -> String {
+        format!("letting the request wait for {} in schedule group {}", deferral.key, self.group)
+    }
+
+    fn target(&self, deferral: &Deferral, function_arn: &str) -> Result<Target, Failure> {
+        Target::builder()
             .arn(function_arn)
             .role_arn(&self.role_arn)
             .input(json!({ "Deferred": deferral }).to_string())
             // The next minute is the retry.
             .retry_policy(RetryPolicy::builder().maximum_retry_attempts(0).build())
             .build()
-            .map_err(|why| defect(&why))?;
-        let at_once =
-            FlexibleTimeWindow::builder().mode(FlexibleTimeWindowMode::Off).build().map_err(|why| defect(&why))?;
-        const EVERY_MINUTE: &str = "rate(1 minute)";
-        let created = self
-            .scheduler
-            .create_schedule()
-            .name(&deferral.key)
-            .group_name(&self.group)
-            .schedule_expression(EVERY_MINUTE)
-            .flexible_time_window(at_once.clone())
-            .target(target.clone())
-            .send()
-            .await
-            .map_err(|error| Failure::aws(doing(), error));
-        match created {
-            Err(failure) if failure.is(&["ConflictException"]) => {}
-            other => return other.map(|_| ()),
-        }
-        if let Some(there) = self.find(&deferral.key).await?
-            && !there.callback.is_for_same_resource(&deferral.callback)
-        {
-            return Err(Failure::new(format!(
-                "resource {} already waits for {}: only one resource of a stack can",
-                there.callback.logical_resource_id(),
-                deferral.key
-            )));
-        }
-        self.scheduler
-            .update_schedule()
-            .name(&deferral.key)
-            .group_name(&self.group)
-            .schedule_expression(EVERY_MINUTE)
-            .flexible_time_window(at_once)
-            .target(target)
-            .send()
-            .await
-            .map(|_| ())
-            .map_err(|error| Failure::aws(doing(), error))
+            .map_err(|why| Failure::new(format!("{} failed: {why}", self.putting(deferral))))
     }
 
     /// The request that waits under this name.
@@ -116,7 +138,7 @@ impl WaitingRoom {
         let found = self.scheduler.get_schedule().name(key).group_name(&self.group).send().await;
         let schedule = match found.map_err(|error| Failure::aws(doing(), error)) {
             Ok(schedule) => schedule,
-            Err(failure) if failure.is(&["ResourceNotFoundException"]) => return Ok(None),
+            Err(failure) if failure.is(&[IS_GONE]) => return Ok(None),
             Err(failure) => return Err(failure),
         };
         let input = schedule.target().and_then(Target::input).unwrap_or_default();
@@ -126,6 +148,10 @@ impl WaitingRoom {
     }
 
     /// Takes a request out. True for the one caller who may answer it.
+    ///
+    /// The look and the deletion are two calls, since a deletion takes no condition. A caller that is held up for
+    /// seconds between them could take out the request that the next resource of a chain has put down under the same
+    /// name by then; that one would time out.
     pub async fn take(&self, deferral: &Deferral) -> Result<bool, Failure> {
         match self.find(&deferral.key).await? {
             Some(there) if there.callback.is_same_request(&deferral.callback) => {}
@@ -136,10 +162,15 @@ impl WaitingRoom {
             Failure::aws(format!("taking the request that waits for {} out of {}", deferral.key, self.group), error)
         }) {
             Ok(_) => Ok(true),
-            Err(failure) if failure.is(&["ResourceNotFoundException"]) => Ok(false),
+            Err(failure) if failure.is(&[IS_GONE]) => Ok(false),
             Err(failure) => Err(failure),
         }
     }
+}
+
+fn at_once() -> Result<FlexibleTimeWindow, Failure> {
+    let window = FlexibleTimeWindow::builder().mode(FlexibleTimeWindowMode::Off).build();
+    window.map_err(|why| Failure::new(format!("a schedule cannot be written: {why}")))
 }
 
 #[derive(Deserialize)]

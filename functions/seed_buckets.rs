@@ -51,6 +51,9 @@ const DELETE_AT_ONCE: usize = 1000;
 /// The metadata by which an object says which resource put it, should the manifest not have been written.
 const OWNER: &str = "hail-seed";
 
+/// How S3 says that there is no such bucket.
+const BUCKET_IS_GONE: &str = "NoSuchBucket";
+
 const PACKER_ZIP: &str = "packer/packer.zip";
 
 /// See the module.
@@ -87,6 +90,13 @@ enum Bucket {
     Notebook,
 }
 
+/// What it means that a bucket is gone.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum IfGone {
+    Fail,
+    IsEmpty,
+}
+
 /// Where an object is.
 type Place = (Bucket, String);
 
@@ -102,7 +112,7 @@ enum Content {
 }
 
 /// What was put, by place.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Manifest {
     hail: BTreeMap<String, Put>,
     notebook: BTreeMap<String, Put>,
@@ -197,7 +207,7 @@ impl SeedBuckets {
             ))
         })?;
         let manifest = self.read_manifest(&buckets, owner).await?;
-        let there = self.list(&buckets).await?;
+        let there = self.list(&buckets, IfGone::Fail).await?;
 
         let (mut removals, mut kept, mut steps) = (Vec::new(), Vec::new(), Vec::new());
         for (place, put) in manifest.places().filter(|(place, _)| !assets.contains_key(place)) {
@@ -246,7 +256,7 @@ impl SeedBuckets {
                 now.of_mut(place.0).insert(place.1, put.clone());
             }
         }
-        if uploaded > 0 || !removals.is_empty() {
+        if now != manifest {
             self.write_manifest(&buckets, owner, &now).await?;
         }
         if let Some(failure) = first_failure {
@@ -331,7 +341,7 @@ impl SeedBuckets {
     }
 
     /// The ETags of what is there, under the prefixes that this resource writes to.
-    async fn list(&self, buckets: &Buckets<'_>) -> Result<BTreeMap<Place, String>, Failure> {
+    async fn list(&self, buckets: &Buckets<'_>, if_gone: IfGone) -> Result<BTreeMap<Place, String>, Failure> {
         const PREFIXES: [(Bucket, &str); 4] = [
             (Bucket::Notebook, "common-notebooks/"),
             (Bucket::Notebook, "scripts/"),
@@ -343,7 +353,10 @@ impl SeedBuckets {
             let mut pages = self.s3.list_objects_v2().bucket(name).prefix(prefix).into_paginator().send();
             let mut found = Vec::new();
             while let Some(page) = pages.next().await {
-                let page = page.map_err(|error| Failure::aws(format!("listing s3://{name}/{prefix}"), error))?;
+                let page = match page.map_err(|error| Failure::aws(format!("listing s3://{name}/{prefix}"), error)) {
+                    Err(failure) if if_gone == IfGone::IsEmpty && failure.is(&[BUCKET_IS_GONE]) => break,
+                    page => page?,
+                };
                 let objects = page.contents.unwrap_or_default().into_iter();
                 found.extend(objects.filter_map(|object| Some(((bucket, object.key?), object.e_tag?))));
             }
@@ -471,22 +484,19 @@ impl Provider for SeedBuckets {
     async fn delete(&self, resource: &Resource, old: Properties) -> Result<(), Failure> {
         let buckets = Buckets(&old);
         let owner = resource.physical_id.as_str();
-        let gone = |failure: &Failure| failure.is(&["NoSuchBucket"]);
         let manifest = match self.read_manifest(&buckets, owner).await {
-            Err(failure) if gone(&failure) => return Ok(()),
+            Err(failure) if failure.is(&[BUCKET_IS_GONE]) => Manifest::default(),
             manifest => manifest?,
         };
-        let there = match self.list(&buckets).await {
-            Err(failure) if gone(&failure) => return Ok(()),
-            there => there?,
-        };
+        let there = self.list(&buckets, IfGone::IsEmpty).await?;
         let mut ours = Vec::new();
         for (place, put) in manifest.places() {
             if step(None, Some(put), there.get(&place).map(String::as_str)) == Step::Remove {
                 ours.push(place);
             }
         }
-        // A Create that was cut off wrote no manifest: what it put says so itself.
+        // A Create that was cut off wrote no manifest, and the bucket with the manifest may be gone: what was put says
+        // so itself.
         if manifest.places().next().is_none() {
             for place in there.into_keys() {
                 if self.whose(&buckets, &place).await?.is_some_and(|(whose, _)| whose == owner) {
@@ -495,7 +505,10 @@ impl Provider for SeedBuckets {
             }
         }
         self.remove(&buckets, &ours).await?;
-        self.delete_objects(buckets.name(Bucket::Hail), &[&manifest_key(owner)]).await
+        match self.delete_objects(buckets.name(Bucket::Hail), &[&manifest_key(owner)]).await {
+            Err(failure) if failure.is(&[BUCKET_IS_GONE]) => Ok(()),
+            removed => removed,
+        }
     }
 }
 
