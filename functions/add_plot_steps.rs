@@ -273,15 +273,15 @@ impl Provider for AddPlotSteps {
         )))
     }
 
-    async fn noticed(&self, event: Value) -> Result<Option<String>, Failure> {
+    fn key_in(&self, event: &Value) -> Result<String, Failure> {
         #[derive(Deserialize, Serialize)]
         #[serde(rename_all = "camelCase")]
         struct Detail {
             cluster_id: String,
         }
-        let event: EventBridgeEvent<Detail> = serde_json::from_value(event)
+        let event: EventBridgeEvent<Detail> = EventBridgeEvent::deserialize(event)
             .map_err(|why| Failure::new(format!("the event does not name a cluster: {why}")))?;
-        Ok(Some(event.detail.cluster_id))
+        Ok(event.detail.cluster_id)
     }
 }
 

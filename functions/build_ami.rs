@@ -430,23 +430,31 @@ impl Provider for BuildAmi {
         Ok(Data { build_id: build_id.clone(), status: StatusType::InProgress.to_string(), ami: None })
     }
 
-    async fn noticed(&self, event: Value) -> Result<Option<String>, Failure> {
-        #[derive(Deserialize, Serialize)]
-        #[serde(rename_all = "kebab-case")]
-        struct Detail {
-            build_id: String,
-        }
-        let event: EventBridgeEvent<Detail> = serde_json::from_value(event)
-            .map_err(|why| Failure::new(format!("the event does not name a build: {why}")))?;
-        // An ARN: arn:aws:codebuild:region:account:build/project:uuid
-        let arn = event.detail.build_id;
-        let build_id = arn.rsplit('/').next().unwrap_or_default();
-        let build = self.build(build_id).await?;
+    fn key_in(&self, event: &Value) -> Result<String, Failure> {
+        Ok(key_of(&build_id_in(event)?))
+    }
+
+    /// Publishes the AMI, whoever started its build.
+    async fn noticed(&self, event: Value) -> Result<(), Failure> {
+        let build = self.build(&build_id_in(&event)?).await?;
         if build.build_status() == Some(&StatusType::Succeeded) {
             self.publish(&ami_of(&build)?, self.is_newest(&build).await?).await?;
         }
-        Ok(Some(key_of(build_id)))
+        Ok(())
     }
+}
+
+/// The build that an event is about. It names the ARN: arn:aws:codebuild:region:account:build/project:uuid
+fn build_id_in(event: &Value) -> Result<String, Failure> {
+    #[derive(Deserialize, Serialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Detail {
+        build_id: String,
+    }
+    let event: EventBridgeEvent<Detail> = EventBridgeEvent::deserialize(event)
+        .map_err(|why| Failure::new(format!("the event does not name a build: {why}")))?;
+    let arn = event.detail.build_id;
+    Ok(arn.rsplit('/').next().unwrap_or_default().to_owned())
 }
 
 /// The unique part of `project:uuid`.

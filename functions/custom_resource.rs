@@ -105,9 +105,14 @@ pub trait Provider {
         Err(Failure::new("it took longer than CloudFormation waits"))
     }
 
-    /// Acts on an EventBridge event and gives the key of the request that may be answered now.
-    async fn noticed(&self, _event: Value) -> Result<Option<String>, Failure> {
+    /// The key of the request that may be answered now that this EventBridge event has come.
+    fn key_in(&self, _event: &Value) -> Result<String, Failure> {
         Err(Failure::new("this function takes no events"))
+    }
+
+    /// Does what else an event is good for, after the request has been looked at.
+    async fn noticed(&self, _event: Value) -> Result<(), Failure> {
+        Ok(())
     }
 }
 
@@ -291,10 +296,11 @@ impl<P: Provider> Function<P> {
         } else if let Some(key) = payload.pointer("/Deferred/Key").and_then(Value::as_str) {
             Box::pin(self.advance(key, &invocation)).await
         } else if payload.get("detail-type").is_some() {
-            match guarded(self.provider.noticed(payload), invocation.time_for_work()).await? {
-                Some(key) => Box::pin(self.advance(&key, &invocation)).await,
-                None => Ok(()),
-            }
+            let key = self.provider.key_in(&payload)?;
+            // Whoever waits hears of a failure first, and of one in what comes after all the same.
+            let advanced = Box::pin(self.advance(&key, &invocation)).await;
+            guarded(self.provider.noticed(payload), invocation.time_for_work()).await?;
+            advanced
         } else {
             Err(Undone(
                 "the payload is neither a CloudFormation request, an EventBridge event nor a schedule's tick".into(),

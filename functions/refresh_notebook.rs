@@ -201,15 +201,15 @@ impl Provider for RefreshNotebook {
         )))
     }
 
-    async fn noticed(&self, event: Value) -> Result<Option<String>, Failure> {
+    fn key_in(&self, event: &Value) -> Result<String, Failure> {
         #[derive(Deserialize, Serialize)]
         #[serde(rename_all = "PascalCase")]
         struct Detail {
             notebook_instance_name: String,
         }
-        let event: EventBridgeEvent<Detail> = serde_json::from_value(event)
+        let event: EventBridgeEvent<Detail> = EventBridgeEvent::deserialize(event)
             .map_err(|why| Failure::new(format!("the event does not name a notebook instance: {why}")))?;
-        Ok(Some(event.detail.notebook_instance_name))
+        Ok(event.detail.notebook_instance_name)
     }
 }
 
