@@ -25,6 +25,7 @@ class Laboratory(Stacks):
 
     def __init__(self, aws, folder, built, packages=None):
         self.clients = {}
+        self.looked_at = 0
         super().__init__(aws, folder, built)
         subnet = self.client("ec2").describe_subnets()["Subnets"][0]
         self.network = {name: subnet[name] for name in ("VpcId", "SubnetId")}
@@ -128,15 +129,10 @@ class Laboratory(Stacks):
 
     def there(self):
         """All that stacks make and that costs money, can act, or stands in the way of the next stack."""
+        clusters = self.client("emr").list_clusters()["Clusters"]
         all_of = {
-            "builds": [
-                build["id"] for build in self.builds() if build["buildStatus"] == "IN_PROGRESS"
-            ],
-            "clusters": [
-                cluster["Id"]
-                for cluster in self.client("emr").list_clusters()["Clusters"]
-                if not cluster["Status"]["State"].startswith("TERMINAT")
-            ],
+            "builds": [build["id"] for build in self.builds() if build["buildStatus"] == "IN_PROGRESS"],
+            "clusters": [one["Id"] for one in clusters if not one["Status"]["State"].startswith("TERMINAT")],
         }
         for kind, service, operation, member, name in (
             ("build projects", "codebuild", "list_projects", "projects", None),
@@ -164,10 +160,10 @@ class Laboratory(Stacks):
         return codebuild.batch_get_builds(ids=listed["ids"])["builds"] if listed["ids"] else []
 
     def log_lines(self):
-        """(log group, line) of all logs."""
-        logs = self.client("logs")
+        """(log group, line) of all that was logged since the last time."""
+        logs, since, self.looked_at = self.client("logs"), self.looked_at, int(time.time() * 1000)
         for group in (group["logGroupName"] for group in logs.describe_log_groups()["logGroups"]):
-            for page in logs.get_paginator("filter_log_events").paginate(logGroupName=group):
+            for page in logs.get_paginator("filter_log_events").paginate(logGroupName=group, startTime=since):
                 yield from ((group, event["message"]) for event in page["events"])
 
 
@@ -189,7 +185,9 @@ def laboratory(tmp_path_factory, built):
     """A local AWS to which the functions are uploaded."""
     folder = tmp_path_factory.mktemp("laboratory")
     with LocalAws(folder / "aws") as aws:
-        yield Laboratory(aws, folder / "stacks", built)
+        made = Laboratory(aws, folder / "stacks", built)
+        yield made
+        check_protocol(made)
 
 
 @pytest.fixture(scope="session")
@@ -205,6 +203,18 @@ def system(laboratory, outputs):
     yield laboratory
     laboratory.as_always()
     check_protocol(laboratory)
+
+
+@pytest.fixture
+def published(system):
+    """The parameters of the AMIs; they are the same again in the end."""
+    before = system.parameters("/hail/ami")
+    yield before
+    for name in set(system.parameters("/hail/ami")) - set(before):
+        system.client("ssm").delete_parameter(Name=name)
+    for name, ami_id in before.items():
+        parameter = {"Name": name, "Value": ami_id, "Type": "String", "DataType": "aws:ec2:image"}
+        system.client("ssm").put_parameter(**parameter, Overwrite=True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The four stacks with their real functions, as the people who deploy them see them: created, updated, failed, deleted."""
+"""The four stacks with their real functions, as the people who deploy them see them."""
 
 import base64
 import io
@@ -195,7 +195,8 @@ def test_what_is_there_already_is_not_uploaded_again(system, outputs):
     bucket = outputs["hail-s3"]["HailBucket"]
 
     def versions():
-        return sorted(found["VersionId"] for found in system.client("s3").list_object_versions(Bucket=bucket)["Versions"])
+        listed = system.client("s3").list_object_versions(Bucket=bucket)["Versions"]
+        return sorted((found["Key"], found["VersionId"]) for found in listed)
 
     before = versions()
     assert system.update("hail-s3", packaged=with_digest(system, "a" * 64)) == "UPDATE_COMPLETE"
@@ -230,6 +231,29 @@ def test_new_assets_restart_a_running_notebook_and_leave_a_stopped_one(system):
     assert status(system) == "Stopped"
     sagemaker.start_notebook_instance(NotebookInstanceName="ada")
     eventually(lambda: status(system) == "InService")
+
+
+def test_an_ami_that_was_built_again_makes_another_cluster_and_going_back_builds_none(system, published):
+    ami = system.outputs("hail-ami")
+    assert system.create("hail-emr", "renewed") == "CREATE_COMPLETE"
+    first = system.outputs("renewed")
+    assert system.update("hail-ami", RebuildToken="again") == "UPDATE_COMPLETE"
+    rebuilt, builds = system.outputs("hail-ami"), len(system.builds())
+    assert rebuilt["AmiId"] != ami["AmiId"]
+
+    assert system.update("hail-emr", "renewed") == "UPDATE_COMPLETE"
+    second = system.outputs("renewed")
+    assert second["ClusterId"] != first["ClusterId"] and second["Steps"] == ", ".join(STEPS)
+    clusters = [
+        system.client("emr").describe_cluster(ClusterId=stack["ClusterId"])["Cluster"] for stack in (first, second)
+    ]
+    assert [cluster["CustomAmiId"] for cluster in clusters] == [ami["AmiId"], rebuilt["AmiId"]]
+    assert clusters[0]["Status"]["State"].startswith("TERMINAT") and clusters[1]["Status"]["State"] == "WAITING"
+    system.remove("renewed")
+
+    assert system.update("hail-ami", RebuildToken="") == "UPDATE_COMPLETE"
+    assert (system.outputs("hail-ami"), len(system.builds())) == (ami, builds)
+    assert system.parameters()["/hail/ami/latest"] == ami["AmiId"]
 
 
 def status(stacks):
@@ -267,7 +291,8 @@ def test_a_failed_step_is_told_with_its_own_reason_and_log(system):
     system.aws.control("steps", fail={STEPS[1]: "httpd is not installed"})
     assert system.create("hail-emr", "fails") == "ROLLBACK_COMPLETE"
     (reason,) = system.reasons("fails")
-    assert re.search(f'step "{STEPS[1]}" \\(s-[A-Z0-9]+\\) of cluster j-[A-Z0-9]+ is FAILED: httpd is not installed', reason)
+    told = f'step "{STEPS[1]}" \\(s-[A-Z0-9]+\\) of cluster j-[A-Z0-9]+ is FAILED: httpd is not installed'
+    assert re.search(told, reason)
     assert re.search(r"Its log: s3://\S+/stderr\.gz", reason)
     system.remove("fails")
     assert system.there() == before
@@ -349,7 +374,8 @@ def test_deleting_all_four_leaves_the_buckets_with_what_people_put_there_and_not
     outputs = {name: elsewhere.outputs(name) for name in NAMES}
     buckets = [outputs["hail-s3"][name] for name in ("HailBucket", "LogBucket", "NotebookBucket")]
     ami = outputs["hail-ami"]["AmiId"]
-    mine = {buckets[0]: ["data.vcf"], buckets[1]: [], buckets[2]: ["ada/own.ipynb", "common-notebooks/own.ipynb", PERSONAL]}
+    mine = {buckets[0]: ["data.vcf"], buckets[1]: []}
+    mine[buckets[2]] = ["ada/own.ipynb", "common-notebooks/own.ipynb", PERSONAL]
     for bucket, keys in mine.items():
         for key in keys:
             s3.put_object(Bucket=bucket, Key=key, Body=b"mine")
@@ -375,12 +401,12 @@ def deleted(stacks):
 @pytest.mark.parametrize(
     "name, bad, sentence",
     [
-        ("hail-s3", {"HailBucketName": "Not_Good"}, "HailBucketName.* should be empty or the name of a new bucket, 3 to 63"),
-        ("hail-s3", {"LogBucketName": "ab"}, "LogBucketName.* should be empty or the name of a new bucket, 3 to 63"),
-        ("hail-s3", {"NotebookBucketName": "xn--a"}, "NotebookBucketName.* none of S3's reserved prefixes and suffixes"),
-        ("hail-s3", {"HailBucketName": "a-b-c", "LogBucketName": "a-b-c"}, "HailBucketName and LogBucketName are the same"),
+        ("hail-s3", {"HailBucketName": "Not_Good"}, "HailBucketName.* should be empty or the name of a new bucket"),
+        ("hail-s3", {"LogBucketName": "ab"}, "LogBucketName.* 3 to 63 lower-case letters, digits and hyphens"),
+        ("hail-s3", {"NotebookBucketName": "xn--a"}, "NotebookBucketName.* none of S3's reserved prefixes"),
+        ("hail-s3", {"HailBucketName": "a-b", "LogBucketName": "a-b"}, "HailBucketName and LogBucketName are the same"),
         ("hail-ami", {"VepVersion": "latest"}, "VepVersion.* should be none or a number, such as 115"),
-        ("hail-ami", {"HailVersion": "newest"}, "HailVersion.* should be three numbers with dots between them, such as 0.2"),
+        ("hail-ami", {"HailVersion": "newest"}, "HailVersion.* should be three numbers with dots between them"),
         ("hail-ami", {"SubnetId": "subnet-12345678"}, "subnet-12345678 for parameter name SubnetId does not exist"),
         ("hail-jupyter", {"NotebookInstanceName": "scripts"}, "NotebookInstanceName is the name of a shared folder"),
         ("hail-emr", {"CoreInstanceCount": "0"}, "CoreInstanceCount.* should be 1 to 1000"),
