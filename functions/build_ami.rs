@@ -378,8 +378,17 @@ impl Provider for BuildAmi {
         &self,
         resource: &Resource,
         new: Properties,
-        _: Option<Properties>,
+        old: Option<Properties>,
     ) -> Result<Answer<Self>, Failure> {
+        // What this update goes away from is not wanted any more: a rollback may come in the middle of a build. A build
+        // that a person started is none of the stack's.
+        if let (Properties::Start(new), Some(Properties::Start(old))) = (&new, old)
+            && old.digest() != new.digest()
+        {
+            let abandoned = old.digest();
+            let builds = self.builds(&new.project_name).await?;
+            self.stop(builds.iter().filter(|build| variable(build, BUILD_INPUTS) == Some(&abandoned))).await?;
+        }
         self.create(resource, new).await
     }
 
