@@ -114,7 +114,7 @@ class CloudFormation:
         before = asked.event["ResourceProperties"]
         more = {"LogicalResourceId": asked.event["LogicalResourceId"], "PhysicalResourceId": physical_id, **more}
         if kind == "Update":
-            more["OldResourceProperties"] = before
+            more.setdefault("OldResourceProperties", before)
         return self.ask(function, kind, properties or before, **more)
 
     def invoke(self, function, payload, **options):
