@@ -81,14 +81,15 @@ class Demo:
                 took = (event["Timestamp"] - begun.pop(resource, event["Timestamp"])).total_seconds()
                 colour = "red" if "FAILED" in status else "green"
                 console.print(
-                    f"  {took:5.1f} s  [{colour}]{status:<16}[/] {resource:<28} [dim]{event['ResourceType']}[/]"
+                    f"  {took:5.1f} s  [{colour}]{status:<16}[/] {resource:<30} [dim]{event['ResourceType']}[/]"
                 )
                 if reason := event.get("ResourceStatusReason"):
                     console.print(f"           {reason}", style="dim", markup=False)
 
         def waiting_for():
             now = datetime.now(timezone.utc)
-            return ", ".join(f"{name} {(now - since).total_seconds():.0f} s" for name, since in begun.items())
+            waits = (f"{name} {(now - since).total_seconds():.0f} s" for name, since in begun.items())
+            return f"waiting for {', '.join(waits)}" if begun else "waiting for CloudFormation"
 
         done = threading.Event()
 
@@ -96,7 +97,7 @@ class Demo:
             with console.status("") as line:
                 while not done.wait(0.3):
                     show()
-                    line.update(f"waiting for {waiting_for()}")
+                    line.update(waiting_for())
 
         watcher = threading.Thread(target=watch)
         watcher.start()
