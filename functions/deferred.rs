@@ -10,6 +10,9 @@
 //! - of several invocations that want to answer, the one whose DeleteSchedule succeeds does. Scheduler answers
 //!   ResourceNotFoundException to all the others.
 //!
+//! The price of the last: an invocation that dies in the fraction of a second between the deletion and the delivery
+//! leaves CloudFormation to its own time-out. The other order would risk two answers that differ.
+//!
 //! The input holds the response URL. It lives for as long as the request waits, where only `scheduler:GetSchedule`
 //! on this group can read it, and it can answer this one request only.
 

@@ -179,6 +179,8 @@ impl Provider for RefreshNotebook {
                 self.start(name).await?;
                 Phase::Starting
             }
+            // Started by an invocation that could not write it down, or by the person.
+            (Phase::Stopping, Status::Pending) => Phase::Starting,
             (phase, Status::InService | Status::Pending | Status::Stopping | Status::Stopped | Status::Updating) => {
                 phase
             }
