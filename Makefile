@@ -15,7 +15,8 @@ RUN := $(VENV)/bin/python
 .PHONY: help demo test lint fmt digest build build-local package $(STACKS:%=deploy-%) local local-stop clean
 
 help: ## List these targets
-	@awk -F':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  make deploy-STACK   Deploy one of $(STACKS): CODE_BUCKET=... PARAMETERS="Name=value ..."'
 
 demo: build-local $(VENV)/installed ## Deploy, update and delete the four stacks on this machine, without AWS
 	PYTHONPATH=tests $(RUN) tests/demo.py --built build/local
@@ -31,13 +32,14 @@ lint: ## Formatting, and the compiler's and clippy's warnings
 fmt: ## Format the Rust code
 	cargo fmt
 
-digest: ## Write the digest of what is seeded into templates/hail-s3.yml, after changing any of it
+digest: ## Write the digests of what is seeded and of the start script into the templates, after changing any of it
 	$(PYTHON) tests/assets_digest.py --write
 
 # What the templates' FunctionArchitecture says: arm64, which costs a fifth less, or x86_64. cargo-lambda brings the
 # linker.
 ARCHITECTURE ?= arm64
 build: ## Build the functions for AWS Lambda
+	@cargo lambda --version > /dev/null || { echo "Building for Lambda takes cargo-lambda: pip install cargo-lambda"; exit 2; }
 	cargo lambda build --locked --release --$(subst _,-,$(ARCHITECTURE))
 	@$(call stage,$(CARGO_TARGET_DIR)/lambda,/bootstrap,build)
 
@@ -57,9 +59,12 @@ define stage
 	find $$assets \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 endef
 
-package: build ## Upload the functions to CODE_BUCKET; build/packaged/ then has templates that any launch takes
+.PHONY: can-package
+can-package:
 	@test -n "$(CODE_BUCKET)" || { echo "usage: make package CODE_BUCKET=a-bucket-of-yours"; exit 2; }
 	@$(PYTHON) tests/assets_digest.py > /dev/null
+
+package: can-package build ## Upload the functions to CODE_BUCKET; build/packaged/ then has templates that any launch takes
 	mkdir -p build/packaged
 	set -e; for stack in $(STACKS); do \
 	  aws cloudformation package --template-file templates/$$stack.yml --s3-bucket "$(CODE_BUCKET)" \
@@ -67,7 +72,7 @@ package: build ## Upload the functions to CODE_BUCKET; build/packaged/ then has 
 	done
 	@echo "build/packaged has the templates to launch."
 
-$(STACKS:%=deploy-%): deploy-%: package ## Deploy one stack: make deploy-hail-s3 CODE_BUCKET=... PARAMETERS="Name=value ..."
+$(STACKS:%=deploy-%): deploy-%: package
 	aws cloudformation deploy --template-file build/packaged/$*.yml --stack-name $* --capabilities CAPABILITY_IAM \
 	  --no-fail-on-empty-changeset $(if $(PARAMETERS),--parameter-overrides $(PARAMETERS))
 

@@ -157,7 +157,7 @@ impl AddPlotSteps {
             why.extend(self.why_cluster_ended(cluster_id).await);
         }
         if why.is_empty() {
-            why.push("EMR gives no reason".into());
+            why.push("EMR gives no reason; somebody may have cancelled it".into());
         }
         let log = details
             .and_then(|details| details.log_file())

@@ -19,7 +19,7 @@
 //! Whoever started a build, when it succeeds its AMI is published at `/hail/ami/<name>`, and the newest of all at
 //! `/hail/ami/latest` (data type `aws:ec2:image`).
 //!
-//! Going back to what was built before (a rollback, above all) takes the AMI that is there: each build carries the
+//! Going back to what was built before (a rollback, above all) takes the AMI, if it is there still: each build carries the
 //! digest of what it was asked for in `BUILD_INPUTS`, and CodeBuild keeps its builds for a year.
 
 use crate::custom_resource::{Answer, Progress, Provider, Resource, hex_digest, read_properties, scalar};
@@ -51,6 +51,7 @@ const COMPATIBILITY: &str = include_str!("../packer/compatibility.json");
 /// See the module.
 pub struct BuildAmi {
     codebuild: aws_sdk_codebuild::Client,
+    ec2: aws_sdk_ec2::Client,
     logs: aws_sdk_cloudwatchlogs::Client,
     ssm: aws_sdk_ssm::Client,
 }
@@ -175,6 +176,7 @@ impl BuildAmi {
     pub fn connect(aws: &SdkConfig) -> Self {
         Self {
             codebuild: aws_sdk_codebuild::Client::new(aws),
+            ec2: aws_sdk_ec2::Client::new(aws),
             logs: aws_sdk_cloudwatchlogs::Client::new(aws),
             ssm: aws_sdk_ssm::Client::new(aws),
         }
@@ -216,12 +218,16 @@ impl BuildAmi {
     async fn find_or_start(&self, start: &Start, request_id: &str) -> Result<String, Failure> {
         let project = &start.project_name;
         let digest = start.digest();
-        let same = self.builds(project).await?.into_iter().find(|build| {
-            variable(build, BUILD_INPUTS) == Some(&digest)
-                && matches!(build.build_status(), Some(StatusType::Succeeded | StatusType::InProgress))
-        });
-        if let Some(id) = same.and_then(|build| build.id) {
-            return Ok(id);
+        for build in self.builds(project).await? {
+            let is_same = variable(&build, BUILD_INPUTS) == Some(&digest);
+            let will_do = match build.build_status() {
+                Some(StatusType::InProgress) => is_same,
+                Some(StatusType::Succeeded) => is_same && self.exists(&ami_of(&build)?).await?,
+                _ => false,
+            };
+            if let (true, Some(id)) = (will_do, build.id) {
+                return Ok(id);
+            }
         }
         let doing = || format!("starting a build of project {project}");
         let mut request = self.codebuild.start_build().project_name(project).idempotency_token(request_id);
@@ -233,6 +239,15 @@ impl BuildAmi {
         let started = request.send().await.map_err(|error| Failure::aws(doing(), error))?;
         let build_id = started.build_value.and_then(|build| build.id);
         build_id.ok_or_else(|| Failure::new(format!("{} gave no build id", doing())))
+    }
+
+    /// Whether nobody has deregistered the AMI.
+    async fn exists(&self, ami: &Ami) -> Result<bool, Failure> {
+        let found = self.ec2.describe_images().image_ids(&ami.ami_id).send().await;
+        match found.map_err(|error| Failure::aws(format!("looking for AMI {}", ami.ami_id), error)) {
+            Err(failure) if failure.is(&["InvalidAMIID.NotFound", "InvalidAMIID.Unavailable"]) => Ok(false),
+            found => Ok(!found?.images.unwrap_or_default().is_empty()),
+        }
     }
 
     /// Stops those of the builds that run.
@@ -334,8 +349,7 @@ impl BuildAmi {
         match events {
             Ok(events) => {
                 let lines = events.events.unwrap_or_default();
-                let lines: Vec<_> = lines.iter().filter_map(|event| event.message()).map(str::trim_end).collect();
-                lines.join("\n")
+                end_of(lines.iter().filter_map(|event| event.message()))
             }
             Err(error) => format!("({})", Failure::aws(format!("reading log stream {stream} of {group}"), error)),
         }
@@ -466,6 +480,23 @@ fn build_id_in(event: &Value) -> Result<String, Failure> {
     Ok(arn.rsplit('/').next().unwrap_or_default().to_owned())
 }
 
+/// The last lines, as many as leave room for the rest of a reason. What went wrong stands at the very end.
+fn end_of<'a>(lines: impl DoubleEndedIterator<Item = &'a str>) -> String {
+    const BYTES: usize = 2000;
+    const LINE: usize = 300;
+    let mut kept: Vec<String> = Vec::new();
+    let mut bytes = 0;
+    for line in lines.rev() {
+        let line: String = line.trim_end().chars().take(LINE).collect();
+        bytes += line.len();
+        if bytes > BYTES {
+            break;
+        }
+        kept.insert(0, line);
+    }
+    kept.join("\n")
+}
+
 /// The unique part of `project:uuid`.
 fn key_of(build_id: &str) -> String {
     build_id.rsplit(':').next().unwrap_or_default().to_owned()
@@ -519,6 +550,14 @@ mod tests {
         assert!(why.contains("property EmrReleaseLabel: \"emr-5.1.0\"") && why.contains("it should be emr-7.13.0"));
         let why = start("0.2.139", "latest", "emr-7.13.0").check().unwrap_err();
         assert!(why.contains("property VepVersion: \"latest\" should be none or one of"));
+    }
+
+    #[test]
+    fn the_end_of_a_log_keeps_its_last_line_whatever_comes_before() {
+        let long = "x".repeat(4000);
+        let log = ["first", &long, &long, &long, &long, &long, &long, &long, "Error: the cause\n"];
+        let end = end_of(log.into_iter());
+        assert!(end.ends_with("\nError: the cause") && end.len() < 2100 && !end.contains("first"), "{end}");
     }
 
     #[test]

@@ -49,6 +49,9 @@ const ANSWER_LIMIT: usize = 4096;
 /// Seconds that CloudFormation waits where a resource does not say (AWS: `ServiceTimeout`, 1 to 3600).
 const DEFAULT_SERVICE_TIMEOUT: u64 = 3600;
 
+/// What it may take to let a request wait again whose answer was not delivered.
+const PUTTING_BACK: Duration = Duration::from_secs(5);
+
 /// One kind of custom resource.
 #[allow(async_fn_in_trait)] // Only `run` calls these, on one thread: no caller needs the futures to be `Send`.
 pub trait Provider {
@@ -212,6 +215,7 @@ impl From<Failure> for Undone {
 }
 
 /// Time and place of one invocation.
+#[derive(Clone)]
 struct Invocation {
     deadline: Instant,
     function_arn: String,
@@ -228,9 +232,13 @@ impl Invocation {
         }
     }
 
+    fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
     /// How long the work may take, so that there is time to spare for delivering the answer.
     fn time_for_work(&self) -> Duration {
-        let left = self.deadline.saturating_duration_since(Instant::now());
+        let left = self.left();
         left - (left / 4).min(Duration::from_secs(15))
     }
 }
@@ -439,7 +447,12 @@ impl<P: Provider> Function<P> {
         }
         let outcome =
             Outcome { physical_id: deferral.physical_id.clone(), result: result.map_err(|failure| failure.reason) };
-        match self.deliver(&deferral.callback, outcome, invocation).await {
+        // With time left to put the request back where it was.
+        let in_time = Invocation {
+            deadline: invocation.deadline - PUTTING_BACK.min(invocation.left() / 2),
+            ..invocation.clone()
+        };
+        match self.deliver(&deferral.callback, outcome, &in_time).await {
             Ok(()) => Ok(()),
             Err(undelivered) => {
                 if undelivered.may_work_later {

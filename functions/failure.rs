@@ -1,6 +1,7 @@
 //! Errors, written for the person who will read them in a stack event: what was being done, to what, what went
 //! wrong, what to do next.
 
+use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use aws_smithy_runtime_api::client::result::SdkError;
 use aws_smithy_types::error::display::DisplayErrorContext;
 use aws_smithy_types::error::metadata::ProvideErrorMetadata;
@@ -26,14 +27,15 @@ impl Failure {
     /// What an AWS call answered. `doing` says what was attempted, to what: "starting a build of project hail".
     ///
     /// The SDK has already retried (three attempts) what it considers worth it.
-    pub fn aws<E, R>(doing: impl Display, error: SdkError<E, R>) -> Self
+    pub fn aws<E>(doing: impl Display, error: SdkError<E, HttpResponse>) -> Self
     where
         E: ProvideErrorMetadata + std::error::Error + 'static,
-        R: fmt::Debug,
     {
         let code = error.code().map(str::to_owned);
         let transient = match &error {
-            SdkError::ServiceError(_) => code.as_deref().is_some_and(is_transient),
+            SdkError::ServiceError(error) => {
+                error.raw().status().is_server_error() || code.as_deref().is_some_and(is_transient)
+            }
             SdkError::ConstructionFailure(_) => false,
             _ => true,
         };
@@ -61,8 +63,8 @@ impl std::error::Error for Failure {}
 
 /// Codes by which AWS says "later", in any service.
 fn is_transient(code: &str) -> bool {
-    const MARKS: [&str; 6] =
-        ["Throttl", "TooManyRequests", "SlowDown", "RequestLimitExceeded", "Internal", "Unavailable"];
+    const MARKS: [&str; 7] =
+        ["Throttl", "RequestTimeout", "TooManyRequests", "SlowDown", "RequestLimitExceeded", "Internal", "Unavailable"];
     MARKS.iter().any(|mark| code.contains(mark))
 }
 

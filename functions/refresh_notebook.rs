@@ -22,6 +22,7 @@ use aws_sdk_sagemaker::operation::describe_notebook_instance::DescribeNotebookIn
 use aws_sdk_sagemaker::types::NotebookInstanceStatus as Status;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// See the module.
 pub struct RefreshNotebook {
@@ -51,6 +52,9 @@ pub struct Data {
 pub struct Awaited {
     notebook_instance_name: String,
     phase: Phase,
+    /// When it was told to stop, in seconds since 1970; 0 before that.
+    #[serde(default)]
+    stopped_at: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,14 +88,13 @@ impl RefreshNotebook {
         Ok(instance.notebook_instance_status().cloned().unwrap_or_else(|| Status::from("unknown")))
     }
 
-    async fn stop(&self, name: &str) -> Result<(), Failure> {
+    /// Tells it to stop; gives the time just before.
+    async fn stop(&self, name: &str) -> Result<u64, Failure> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let stopped = self.sagemaker.stop_notebook_instance().notebook_instance_name(name).send().await;
-        self.unless_done_by_another(
-            name,
-            stopped.err().map(|error| Failure::aws(format!("stopping notebook instance {name}"), error)),
-            &[Status::Stopping, Status::Stopped],
-        )
-        .await
+        let failure = stopped.err().map(|error| Failure::aws(format!("stopping notebook instance {name}"), error));
+        self.unless_done_by_another(name, failure, &[Status::Stopping, Status::Stopped]).await?;
+        Ok(now)
     }
 
     async fn start(&self, name: &str) -> Result<(), Failure> {
@@ -139,17 +142,17 @@ impl Provider for RefreshNotebook {
 
     async fn update(&self, _: &Resource, new: Properties, old: Option<Properties>) -> Result<Answer<Self>, Failure> {
         let name = new.notebook_instance_name;
-        let unchanged = old.is_some_and(|old| old.lifecycle == new.lifecycle && old.assets == new.assets);
-        let phase = match self.status(&name).await? {
-            status if unchanged => return Ok(Answer::Now(not_restarted(status))),
-            Status::InService => {
-                self.stop(&name).await?;
-                Phase::Stopping
-            }
-            Status::Pending | Status::Updating => Phase::Settling,
+        // Another instance has just been started, with all that is new.
+        let is_up_to_date = old.is_some_and(|old| {
+            old.notebook_instance_name != name || old.lifecycle == new.lifecycle && old.assets == new.assets
+        });
+        let (phase, stopped_at) = match self.status(&name).await? {
+            status if is_up_to_date => return Ok(Answer::Now(not_restarted(status))),
+            Status::InService => (Phase::Stopping, self.stop(&name).await?),
+            Status::Pending | Status::Updating => (Phase::Settling, 0),
             status => return Ok(Answer::Now(not_restarted(status))),
         };
-        Ok(Answer::Later(Awaited { notebook_instance_name: name, phase }))
+        Ok(Answer::Later(Awaited { notebook_instance_name: name, phase, stopped_at }))
     }
 
     async fn delete(&self, _: &Resource, _: Properties) -> Result<(), Failure> {
@@ -164,12 +167,17 @@ impl Provider for RefreshNotebook {
         let name = &awaited.notebook_instance_name;
         let instance = self.describe(name).await?;
         let status = instance.notebook_instance_status().cloned().unwrap_or_else(|| Status::from("unknown"));
+        let restarted = |status: Status| Data { status: status.to_string(), restarted: "true".into() };
+        let changed_at = instance.last_modified_time().map_or(0, |time| time.secs().unsigned_abs());
+        let mut stopped_at = awaited.stopped_at;
         let phase = match (awaited.phase, status) {
-            (Phase::Starting, Status::InService) => {
-                return Ok(Progress::Ready(Data { status: Status::InService.to_string(), restarted: "true".into() }));
+            (Phase::Starting, Status::InService) => return Ok(Progress::Ready(restarted(Status::InService))),
+            // The person has stopped it again: a stopped instance stays stopped.
+            (Phase::Starting, status @ (Status::Stopping | Status::Stopped)) => {
+                return Ok(Progress::Ready(restarted(status)));
             }
             (Phase::Settling, Status::InService) => {
-                self.stop(name).await?;
+                stopped_at = self.stop(name).await?;
                 Phase::Stopping
             }
             (Phase::Settling, status @ (Status::Stopping | Status::Stopped)) => {
@@ -181,9 +189,10 @@ impl Provider for RefreshNotebook {
             }
             // Started by an invocation that could not write it down, or by the person.
             (Phase::Stopping, Status::Pending) => Phase::Starting,
-            (phase, Status::InService | Status::Pending | Status::Stopping | Status::Stopped | Status::Updating) => {
-                phase
+            (Phase::Stopping, Status::InService) if changed_at > stopped_at => {
+                return Ok(Progress::Ready(restarted(Status::InService)));
             }
+            (phase, Status::InService | Status::Pending | Status::Stopping | Status::Updating) => phase,
             (_, status) => {
                 return Err(Failure::new(format!(
                     "restarting notebook instance {name} ended in status {status}: {}. Look at its lifecycle \
@@ -192,14 +201,14 @@ impl Provider for RefreshNotebook {
                 )));
             }
         };
-        Ok(Progress::Waiting(Awaited { notebook_instance_name: name.clone(), phase }))
+        Ok(Progress::Waiting(Awaited { notebook_instance_name: name.clone(), phase, stopped_at }))
     }
 
     fn gave_up(&self, awaited: &Awaited) -> Result<Data, Failure> {
         Err(Failure::new(format!(
-            "notebook instance {} was restarted and does not run yet; its start script may hang: look at its log in \
-             /aws/sagemaker/NotebookInstances",
-            awaited.notebook_instance_name
+            "notebook instance {} was to be restarted and is not back in time (last seen: {:?}); look at its state, and \
+             at its log in /aws/sagemaker/NotebookInstances",
+            awaited.notebook_instance_name, awaited.phase
         )))
     }
 

@@ -4,10 +4,10 @@
 //! | | |
 //! |---|---|
 //! | properties | `HailBucket`, `NotebookBucket`; `AssetsDigest`, which changes when the assets do |
-//! | Data | `AssetsDigest`; `Uploaded`, `Unchanged`, `Removed` (counts); `Kept` (objects that people changed, or `nothing`); `PackerZip` (key) |
+//! | Data | `AssetsDigest`; `NotebookDigest`, which changes when what goes to the notebook bucket does; `Uploaded`, `Unchanged`, `Removed` (counts); `Kept` (objects that people changed, or `nothing`); `PackerZip` (key) |
 //! | Create, Update | make the buckets hold what is shipped |
 //! | Delete | removes what it put and nothing else |
-//! | replacement | another bucket |
+//! | replacement | never; a bucket that is exchanged for another keeps what was put into it |
 //!
 //! The assets ride in the function's own package, so that a launch from the console needs no source bucket:
 //!
@@ -20,9 +20,10 @@
 //!
 //! A manifest at `seeds/<physical id>.json` in the Hail bucket says what was put there: the content's SHA-256 and the
 //! ETag that S3 gave. An object whose ETag has changed since is a person's work and is left alone, whatever happens:
-//! Data names it. So is one that was there before. An object that a person deleted comes back.
+//! Data names it. So is one that was there before. An object that a person deleted comes back. Where the manifest
+//! knows nothing of an object, its metadata tells whether this resource put it.
 
-use crate::custom_resource::{Answer, Provider, Resource, read_properties};
+use crate::custom_resource::{Answer, Provider, Resource, hex_digest, read_properties};
 use crate::failure::Failure;
 use aws_config::SdkConfig;
 use aws_sdk_s3::Client;
@@ -48,8 +49,11 @@ const CONCURRENCY: usize = 32;
 /// Objects that one DeleteObjects takes (AWS: DeleteObjects).
 const DELETE_AT_ONCE: usize = 1000;
 
-/// The metadata by which an object says which resource put it, should the manifest not have been written.
+/// The metadata by which an object says that a resource put it, should the manifest not know: a [`mark`].
 const OWNER: &str = "hail-seed";
+
+/// The metadata with the SHA-256 of what was put.
+const CONTENT: &str = "hail-seed-sha256";
 
 /// How S3 says that there is no such bucket.
 const BUCKET_IS_GONE: &str = "NoSuchBucket";
@@ -76,6 +80,7 @@ pub struct Properties {
 #[serde(rename_all = "PascalCase")]
 pub struct Data {
     assets_digest: String,
+    notebook_digest: String,
     uploaded: String,
     unchanged: String,
     removed: String,
@@ -155,7 +160,7 @@ enum Step {
     /// It is there as it was put, and something else is shipped now.
     Replace { etag: String },
     /// It is there and no manifest knows it: only its metadata tells whose it is.
-    AskWhose { etag: String },
+    AskWhose,
     /// A person changed it.
     Keep,
     /// It is there as it was put, and is not shipped any more.
@@ -176,7 +181,7 @@ fn step(shipped: Option<&str>, put: Option<&Put>, there: Option<&str>) -> Step {
             }
         }
         (Some(_), Some(_), Some(_)) => Step::Keep,
-        (Some(_), None, Some(etag)) => Step::AskWhose { etag: etag.into() },
+        (Some(_), None, Some(_)) => Step::AskWhose,
         (None, Some(put), Some(etag)) if put.etag == etag => Step::Remove,
         (None, Some(_), Some(_)) => Step::Keep,
         (None, _, _) => Step::Forget,
@@ -265,6 +270,7 @@ impl SeedBuckets {
         info!(uploaded, unchanged, removed = removals.len(), kept = kept.len(), "seeded");
         Ok(Data {
             assets_digest: properties.assets_digest.clone(),
+            notebook_digest: digest_of(Bucket::Notebook, &assets),
             uploaded: uploaded.to_string(),
             unchanged: unchanged.to_string(),
             removed: removals.len().to_string(),
@@ -286,10 +292,10 @@ impl SeedBuckets {
         let only_if = match step {
             Step::PutNew => None,
             Step::Replace { etag } => Some(etag),
-            Step::AskWhose { etag } => match self.whose(buckets, place).await? {
-                Some((whose, sha256)) if whose == owner && sha256 == hex(&asset.sha256) => return Ok(unchanged(etag)),
-                Some((whose, _)) if whose == owner => Some(etag),
-                _ => return Ok(Done::Kept(place.clone())),
+            Step::AskWhose => match self.ours(buckets, owner, place).await? {
+                Some(put) if put.sha256 == hex(&asset.sha256) => return Ok(unchanged(put.etag)),
+                Some(put) => Some(put.etag),
+                None => return Ok(Done::Kept(place.clone())),
             },
             Step::Leave => return Ok(unchanged(put.map(|put| put.etag.clone()).unwrap_or_default())),
             Step::Keep | Step::Remove | Step::Forget => return Ok(Done::Kept(place.clone())),
@@ -312,8 +318,8 @@ impl SeedBuckets {
             .checksum_algorithm(ChecksumAlgorithm::Sha256)
             .checksum_sha256(BASE64_STANDARD.encode(asset.sha256))
             .content_type(content_type(key))
-            .metadata(OWNER, owner)
-            .metadata("sha256", hex(&asset.sha256));
+            .metadata(OWNER, mark(owner, key))
+            .metadata(CONTENT, hex(&asset.sha256));
         // Nobody's change of the last second is overwritten either.
         let request = match &only_if {
             Some(etag) => request.if_match(etag),
@@ -324,20 +330,30 @@ impl SeedBuckets {
                 let put = Put { sha256: hex(&asset.sha256), etag: answer.e_tag.unwrap_or_default() };
                 Ok(Done::Uploaded(place.clone(), put))
             }
+            // Another delivery of this request may have been faster, or a person.
             Err(failure) if failure.is(&["PreconditionFailed", "ConditionalRequestConflict"]) => {
-                Ok(Done::Kept(place.clone()))
+                match self.ours(buckets, owner, place).await? {
+                    Some(put) if put.sha256 == hex(&asset.sha256) => Ok(unchanged(put.etag)),
+                    _ if failure.is(&["PreconditionFailed"]) => Ok(Done::Kept(place.clone())),
+                    _ => Err(failure),
+                }
             }
             Err(failure) => Err(failure),
         }
     }
 
-    /// The resource that put an object, and the content that it put.
-    async fn whose(&self, buckets: &Buckets<'_>, (bucket, key): &Place) -> Result<Option<(String, String)>, Failure> {
+    /// What this resource put there, if what is there says that it did.
+    async fn ours(&self, buckets: &Buckets<'_>, owner: &str, (bucket, key): &Place) -> Result<Option<Put>, Failure> {
         let bucket = buckets.name(*bucket);
         let head = self.s3.head_object().bucket(bucket).key(key).send().await;
-        let head = head.map_err(|error| Failure::aws(format!("looking at s3://{bucket}/{key}"), error))?;
+        let head = match head.map_err(|error| Failure::aws(format!("looking at s3://{bucket}/{key}"), error)) {
+            Err(failure) if failure.is(&["NotFound", "NoSuchKey"]) => return Ok(None),
+            head => head?,
+        };
         let metadata = head.metadata.unwrap_or_default();
-        Ok(metadata.get(OWNER).cloned().zip(metadata.get("sha256").cloned()))
+        let is_ours = metadata.get(OWNER) == Some(&mark(owner, key));
+        let put = metadata.get(CONTENT).cloned().zip(head.e_tag).map(|(sha256, etag)| Put { sha256, etag });
+        Ok(put.filter(|_| is_ours))
     }
 
     /// The ETags of what is there, under the prefixes that this resource writes to.
@@ -357,8 +373,11 @@ impl SeedBuckets {
                     Err(failure) if if_gone == IfGone::IsEmpty && failure.is(&[BUCKET_IS_GONE]) => break,
                     page => page?,
                 };
+                // A prefix that is no folder is a key, and no more is the function allowed to look at.
+                let is_in = |key: &str| prefix.ends_with('/') || key == prefix;
                 let objects = page.contents.unwrap_or_default().into_iter();
-                found.extend(objects.filter_map(|object| Some(((bucket, object.key?), object.e_tag?))));
+                let objects = objects.filter_map(|object| Some(((bucket, object.key?), object.e_tag?)));
+                found.extend(objects.filter(|((_, key), _)| is_in(key)));
             }
             Ok(found)
         });
@@ -413,7 +432,8 @@ impl SeedBuckets {
         let bytes = bytes.map_err(|why| Failure::new(format!("{} failed: {why}", doing())))?.into_bytes();
         serde_json::from_slice(&bytes).map_err(|why| {
             Failure::new(format!(
-                "{} failed: it is not what this function wrote: {why}. Restore its previous version",
+                "{} failed: it is not what this function wrote: {why}. Restore its previous version, or delete it: \
+                 the objects' metadata tell as much",
                 doing()
             ))
         })
@@ -464,10 +484,6 @@ impl Provider for SeedBuckets {
         read_properties(properties)
     }
 
-    fn identity(&self, properties: &Properties) -> String {
-        format!("{}/{}", properties.hail_bucket, properties.notebook_bucket)
-    }
-
     async fn create(&self, resource: &Resource, new: Properties) -> Result<Answer<Self>, Failure> {
         self.seed(resource, &new).await.map(Answer::Now)
     }
@@ -497,14 +513,15 @@ impl Provider for SeedBuckets {
         }
         // A Create that was cut off wrote no manifest, and the bucket with the manifest may be gone: what was put says
         // so itself.
-        if manifest.places().next().is_none() {
-            for place in there.into_keys() {
-                if self.whose(&buckets, &place).await?.is_some_and(|(whose, _)| whose == owner) {
-                    ours.push(place);
-                }
-            }
-        }
-        self.remove(&buckets, &ours).await?;
+        let unknown = there.into_keys().filter(|place| !manifest.of(place.0).contains_key(&place.1));
+        let buckets = &buckets;
+        let asked = stream::iter(unknown).map(|place| async move {
+            let put = self.ours(buckets, owner, &place).await?;
+            Ok(put.map(|_| place))
+        });
+        let found: Vec<Option<Place>> = asked.buffer_unordered(CONCURRENCY).try_collect().await?;
+        ours.extend(found.into_iter().flatten());
+        self.remove(buckets, &ours).await?;
         match self.delete_objects(buckets.name(Bucket::Hail), &[&manifest_key(owner)]).await {
             Err(failure) if failure.is(&[BUCKET_IS_GONE]) => Ok(()),
             removed => removed,
@@ -522,6 +539,12 @@ impl Buckets<'_> {
             Bucket::Notebook => &self.0.notebook_bucket,
         }
     }
+}
+
+/// What an object of this resource has in its metadata. The key is in it, since a copy of the object, which is a
+/// person's, has the same metadata.
+fn mark(owner: &str, key: &str) -> String {
+    hex_digest([owner, key])
 }
 
 fn manifest_key(owner: &str) -> String {
@@ -545,6 +568,13 @@ fn name_some(buckets: &Buckets, places: Vec<Place>) -> String {
         names.push(format!("and {more} more"));
     }
     names.join(", ")
+}
+
+/// Of what is shipped to one bucket: names and contents.
+fn digest_of(bucket: Bucket, assets: &BTreeMap<Place, Asset>) -> String {
+    let shipped = assets.iter().filter(|(place, _)| place.0 == bucket);
+    let texts: Vec<_> = shipped.flat_map(|(place, asset)| [place.1.clone(), hex(&asset.sha256)]).collect();
+    hex_digest(texts.iter().map(String::as_str))
 }
 
 fn content_type(key: &str) -> &'static str {
@@ -620,7 +650,7 @@ mod tests {
             (Some("b"), Some(&ours), Some("1"), Step::Replace { etag: "1".into() }),
             (Some("a"), Some(&ours), Some("2"), Step::Keep),
             (Some("b"), Some(&ours), Some("2"), Step::Keep),
-            (Some("a"), None, Some("2"), Step::AskWhose { etag: "2".into() }),
+            (Some("a"), None, Some("2"), Step::AskWhose),
             (None, Some(&ours), Some("1"), Step::Remove),
             (None, Some(&ours), Some("2"), Step::Keep),
             (None, Some(&ours), None, Step::Forget),

@@ -107,7 +107,7 @@ def test_later_stacks_find_in_the_parameter_store_what_earlier_ones_made(system,
         "/hail/s3/emrlogs": buckets["LogBucket"],
         "/hail/s3/sagemaker": buckets["NotebookBucket"],
         "/hail/s3/roda": "hail-vep-pipeline",
-        "/hail/s3/assets": assets_digest.digest(),
+        "/hail/s3/assets": outputs["hail-s3"]["NotebookDigest"],
         "/hail/jupyter/ada/security-group": outputs["hail-jupyter"]["SecurityGroup"],
         f"/hail/ami/{ami['AmiName']}": ami["AmiId"],
         "/hail/ami/latest": ami["AmiId"],
@@ -188,7 +188,24 @@ def test_an_update_brings_what_changed_and_leaves_alone_what_a_person_changed(ch
     assert {key for key in before | after if before.get(key) != after.get(key)} == {k for k in after if "seeds/" in k}
     seeding = f"2 uploaded, 5 unchanged, 1 removed, left alone: s3://{bucket}/{PERSONAL}"
     assert elsewhere.outputs("hail-s3")["Seeding"] == seeding
-    assert elsewhere.parameters()["/hail/s3/assets"] in changed.read_text()
+    assert elsewhere.outputs("hail-s3")["AssetsDigest"] in changed.read_text()
+    assert elsewhere.parameters()["/hail/s3/assets"] == elsewhere.outputs("hail-s3")["NotebookDigest"]
+
+
+@pytest.mark.parametrize("renamed", ["HailBucket", "NotebookBucket"])
+def test_a_bucket_that_is_exchanged_is_seeded_and_the_other_one_is_still_known(changed, elsewhere, renamed):
+    elsewhere.create("hail-s3")
+    before = elsewhere.outputs("hail-s3")
+    assert elsewhere.update("hail-s3", **{f"{renamed}Name": "another-bucket-for-hail"}) == "UPDATE_COMPLETE"
+    after = elsewhere.outputs("hail-s3")
+    assert after[renamed] == "another-bucket-for-hail" and after["Seeding"].endswith("left alone: nothing")
+    # What was put into the old one stays there, as the bucket does.
+    assert {key for key in elsewhere.objects(before[renamed]) if "seeds/" not in key} == set(shipped(renamed)) | (
+        {"packer/packer.zip"} if renamed == "HailBucket" else set()
+    )
+    assert elsewhere.update("hail-s3", packaged=changed) == "UPDATE_COMPLETE"
+    assert elsewhere.content(after["NotebookBucket"], NOTEBOOK) == b'{"changed": true}'
+    assert elsewhere.outputs("hail-s3")["Seeding"].endswith("left alone: nothing")
 
 
 def test_what_is_there_already_is_not_uploaded_again(system, outputs):
@@ -211,14 +228,21 @@ def test_a_deployment_without_a_change_asks_no_function(system):
     assert len(system.aws.control("answers")) == asked
 
 
-def test_new_assets_restart_a_running_notebook_and_leave_a_stopped_one(system):
+def test_what_is_shipped_for_the_ami_alone_is_no_reason_to_restart_a_notebook(system):
+    before = system.parameters()["/hail/s3/assets"]
+    assert system.update("hail-s3", packaged=with_digest(system, "c" * 64)) == "UPDATE_COMPLETE"
+    assert system.parameters()["/hail/s3/assets"] == before
+    assert system.update("hail-s3") == "UPDATE_COMPLETE"
+
+
+def test_new_assets_restart_a_running_notebook_and_leave_a_stopped_one(changed, system):
     sagemaker = system.client("sagemaker")
 
     def started():
         return sagemaker.describe_notebook_instance(NotebookInstanceName="ada")["LastModifiedTime"]
 
     before = started()
-    system.update("hail-s3", packaged=with_digest(system, "b" * 64))
+    system.update("hail-s3", packaged=changed)
     assert system.update("hail-jupyter") == "UPDATE_COMPLETE"
     assert system.outputs("hail-jupyter")["Refresh"] == "InService, restarted: true"
     assert started() > before
@@ -362,7 +386,8 @@ def test_a_failed_seeding_of_an_update_brings_back_what_was_there(changed, elsew
     assert elsewhere.update("hail-s3", packaged=changed) == "UPDATE_ROLLBACK_COMPLETE"
     assert f"uploading s3://{bucket}/common-notebooks/new.ipynb failed: AccessDenied" in elsewhere.reasons("hail-s3")[0]
     assert {key: elsewhere.content(bucket, key) for key in elsewhere.objects(bucket)} == before
-    assert elsewhere.parameters()["/hail/s3/assets"] == assets_digest.digest() == outputs["AssetsDigest"]
+    assert elsewhere.outputs("hail-s3")["AssetsDigest"] == assets_digest.digest()
+    assert elsewhere.parameters()["/hail/s3/assets"] == outputs["NotebookDigest"]
 
 
 # Delete

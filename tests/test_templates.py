@@ -29,7 +29,7 @@ ACTIONS = {
     "s3:ListObjectsV2": "s3:ListBucket",
     "s3:DeleteObjects": "s3:DeleteObject",
 }
-SERVICES = {"codebuild": "codebuild", "emr": "elasticmapreduce", "logs": "logs", "s3": "s3"}
+SERVICES = {"codebuild": "codebuild", "ec2": "ec2", "emr": "elasticmapreduce", "logs": "logs", "s3": "s3"}
 SERVICES |= {"sagemaker": "sagemaker", "scheduler": "scheduler", "ssm": "ssm"}
 
 # What AWS asks of a function besides its own calls; the templates say why.
@@ -491,6 +491,11 @@ def test_the_digest_changes_with_names_contents_and_modes(tmp_path):
     litter.mkdir()
     (litter / "b.pyc").write_text("")
     assert assets_digest.digest(tmp_path) == digests[-1]
+
+
+def test_a_cluster_has_a_release_that_an_ami_can_be_built_for():
+    releases = json.loads((ROOT / "packer" / "compatibility.json").read_text())["emr_releases"]
+    assert TEMPLATES["hail-emr"]["Parameters"]["EmrReleaseLabel"]["AllowedValues"] == list(releases)
 
 
 def test_the_digest_of_the_start_script_is_that_of_the_script():

@@ -11,6 +11,9 @@ What holds, and is tested in tests/test_local_aws.py:
   and when it is killed itself.
 - What it cannot do faithfully it refuses, with an error that names it.
 
+What is missing: a stack that is deleted, or an update that is cancelled, while a custom resource has not answered yet
+sends that resource nothing; AWS sends a Delete, and an Update back.
+
 What no local AWS shows: how the real services behave under quotas, eventual consistency and load, how long they
 take, and CloudFormation's parallelism (resources are created one after another here).
 """
