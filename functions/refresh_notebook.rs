@@ -19,10 +19,11 @@ use aws_config::SdkConfig;
 use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use aws_sdk_sagemaker::Client;
 use aws_sdk_sagemaker::operation::describe_notebook_instance::DescribeNotebookInstanceOutput;
+use aws_sdk_sagemaker::primitives::DateTime;
 use aws_sdk_sagemaker::types::NotebookInstanceStatus as Status;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 /// See the module.
 pub struct RefreshNotebook {
@@ -52,9 +53,8 @@ pub struct Data {
 pub struct Awaited {
     notebook_instance_name: String,
     phase: Phase,
-    /// When it was told to stop, in seconds since 1970; 0 before that.
-    #[serde(default)]
-    stopped_at: u64,
+    /// When it was told to stop, in milliseconds since 1970; 0 before that.
+    stopped_at: i64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,8 +89,8 @@ impl RefreshNotebook {
     }
 
     /// Tells it to stop; gives the time just before.
-    async fn stop(&self, name: &str) -> Result<u64, Failure> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    async fn stop(&self, name: &str) -> Result<i64, Failure> {
+        let now = DateTime::from(SystemTime::now()).to_millis().unwrap_or(0);
         let stopped = self.sagemaker.stop_notebook_instance().notebook_instance_name(name).send().await;
         let failure = stopped.err().map(|error| Failure::aws(format!("stopping notebook instance {name}"), error));
         self.unless_done_by_another(name, failure, &[Status::Stopping, Status::Stopped]).await?;
@@ -168,7 +168,7 @@ impl Provider for RefreshNotebook {
         let instance = self.describe(name).await?;
         let status = instance.notebook_instance_status().cloned().unwrap_or_else(|| Status::from("unknown"));
         let restarted = |status: Status| Data { status: status.to_string(), restarted: "true".into() };
-        let changed_at = instance.last_modified_time().map_or(0, |time| time.secs().unsigned_abs());
+        let changed_at = instance.last_modified_time().and_then(|time| time.to_millis().ok()).unwrap_or(0);
         let mut stopped_at = awaited.stopped_at;
         let phase = match (awaited.phase, status) {
             (Phase::Starting, Status::InService) => return Ok(Progress::Ready(restarted(Status::InService))),
