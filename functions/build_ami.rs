@@ -106,6 +106,13 @@ struct Ami {
     ami_name: String,
 }
 
+impl Ami {
+    /// The parameter that bears its name.
+    fn parameter(&self) -> String {
+        format!("/hail/ami/{}", self.ami_name)
+    }
+}
+
 /// A build under way.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -260,13 +267,12 @@ impl BuildAmi {
         Ok(())
     }
 
-    /// Publishes an AMI under its name, and as the latest where it is.
+    /// Publishes an AMI as the latest where it is, and under its name, which says that it has been published.
     async fn publish(&self, ami: &Ami, is_latest: bool) -> Result<(), Failure> {
-        self.put_parameter(&format!("/hail/ami/{}", ami.ami_name), &ami.ami_id).await?;
         if is_latest {
             self.put_parameter(LATEST, &ami.ami_id).await?;
         }
-        Ok(())
+        self.put_parameter(&ami.parameter(), &ami.ami_id).await
     }
 
     /// Whether no newer build of the project has succeeded: events may come late and twice.
@@ -418,7 +424,7 @@ impl Provider for BuildAmi {
         let amis: Vec<_> = builds.iter().filter_map(|build| ami_of(build).ok()).collect();
         let ami_ids: Vec<_> = amis.iter().map(|ami| ami.ami_id.clone()).collect();
         for ami in &amis {
-            self.withdraw(&format!("/hail/ami/{}", ami.ami_name), &ami_ids).await?;
+            self.withdraw(&ami.parameter(), &ami_ids).await?;
         }
         self.withdraw(LATEST, &ami_ids).await
     }
@@ -461,7 +467,11 @@ impl Provider for BuildAmi {
     async fn noticed(&self, event: Value) -> Result<(), Failure> {
         let build = self.build(&build_id_in(&event)?).await?;
         if build.build_status() == Some(&StatusType::Succeeded) {
-            self.publish(&ami_of(&build)?, self.is_newest(&build).await?).await?;
+            let ami = ami_of(&build)?;
+            // An event that comes late or twice must not undo what has been published since.
+            if self.parameter(&ami.parameter()).await?.is_none() {
+                self.publish(&ami, self.is_newest(&build).await?).await?;
+            }
         }
         Ok(())
     }
