@@ -15,10 +15,9 @@
 //! The steps are the scripts in `plot_steps/`, each passed whole to `bash -c` by EMR's `command-runner.jar`. That a
 //! step has run is seen from the cluster itself: the newest step of that name has the same arguments and did not fail.
 
-use crate::custom_resource::{Answer, Progress, Provider, Resource, read_properties};
+use crate::custom_resource::{Answer, Progress, Provider, Resource, detail_of, read_properties};
 use crate::failure::Failure;
 use aws_config::SdkConfig;
-use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use aws_sdk_emr::Client;
 use aws_sdk_emr::types::{ActionOnFailure, HadoopJarStepConfig, StepConfig, StepState, StepSummary};
 use serde::{Deserialize, Serialize};
@@ -279,9 +278,7 @@ impl Provider for AddPlotSteps {
         struct Detail {
             cluster_id: String,
         }
-        let event: EventBridgeEvent<Detail> = EventBridgeEvent::deserialize(event)
-            .map_err(|why| Failure::new(format!("the event does not name a cluster: {why}")))?;
-        Ok(event.detail.cluster_id)
+        detail_of(event, "a cluster").map(|detail: Detail| detail.cluster_id)
     }
 }
 

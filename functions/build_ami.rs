@@ -22,10 +22,9 @@
 //! Going back to what was built before (a rollback, above all) takes the AMI, if it is there still: each build carries the
 //! digest of what it was asked for in `BUILD_INPUTS`, and CodeBuild keeps its builds for a year.
 
-use crate::custom_resource::{Answer, Progress, Provider, Resource, hex_digest, read_properties, scalar};
+use crate::custom_resource::{Answer, Progress, Provider, Resource, detail_of, hex_digest, read_properties, scalar};
 use crate::failure::Failure;
 use aws_config::SdkConfig;
-use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use aws_sdk_codebuild::types::{Build, EnvironmentVariable, SortOrderType, StatusType};
 use aws_sdk_ssm::types::ParameterType;
 use serde::{Deserialize, Serialize};
@@ -484,9 +483,7 @@ fn build_id_in(event: &Value) -> Result<String, Failure> {
     struct Detail {
         build_id: String,
     }
-    let event: EventBridgeEvent<Detail> = EventBridgeEvent::deserialize(event)
-        .map_err(|why| Failure::new(format!("the event does not name a build: {why}")))?;
-    let arn = event.detail.build_id;
+    let Detail { build_id: arn } = detail_of(event, "a build")?;
     Ok(arn.rsplit('/').next().unwrap_or_default().to_owned())
 }
 

@@ -20,6 +20,7 @@
 use crate::deferred::{Deferral, WaitingRoom};
 use crate::failure::Failure;
 use aws_config::{BehaviorVersion, SdkConfig};
+use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use aws_smithy_http_client::tls::{self, rustls_provider::CryptoMode};
 use aws_smithy_runtime_api::client::http::{HttpConnector, HttpConnectorSettings, SharedHttpConnector, http_client_fn};
 use aws_smithy_runtime_api::http::Request as HttpRequest;
@@ -652,6 +653,13 @@ where
 {
     let text = String::deserialize(deserializer)?;
     text.parse().map_err(|why| serde::de::Error::custom(format!("\"{text}\": {why}")))
+}
+
+/// The detail of an EventBridge event; `subject` is what the function needs it to name.
+pub fn detail_of<T: DeserializeOwned + Serialize>(event: &Value, subject: &str) -> Result<T, Failure> {
+    EventBridgeEvent::deserialize(event)
+        .map(|event| event.detail)
+        .map_err(|why| Failure::new(format!("the event does not name {subject}: {why}")))
 }
 
 fn to_value<T: Serialize>(data: T) -> Result<Value, Failure> {

@@ -13,10 +13,9 @@
 //! A restart takes some minutes. Nothing sleeps through it: "SageMaker Notebook Instance State Change" events, and a
 //! tick every minute, carry it from one phase to the next.
 
-use crate::custom_resource::{Answer, Progress, Provider, Resource, read_properties};
+use crate::custom_resource::{Answer, Progress, Provider, Resource, detail_of, read_properties};
 use crate::failure::Failure;
 use aws_config::SdkConfig;
-use aws_lambda_events::event::eventbridge::EventBridgeEvent;
 use aws_sdk_sagemaker::Client;
 use aws_sdk_sagemaker::operation::describe_notebook_instance::DescribeNotebookInstanceOutput;
 use aws_sdk_sagemaker::primitives::DateTime;
@@ -84,8 +83,7 @@ impl RefreshNotebook {
     }
 
     async fn status(&self, name: &str) -> Result<Status, Failure> {
-        let instance = self.describe(name).await?;
-        Ok(instance.notebook_instance_status().cloned().unwrap_or_else(|| Status::from("unknown")))
+        self.describe(name).await.map(|instance| status_of(&instance))
     }
 
     /// Tells it to stop; gives the time just before.
@@ -99,12 +97,8 @@ impl RefreshNotebook {
 
     async fn start(&self, name: &str) -> Result<(), Failure> {
         let started = self.sagemaker.start_notebook_instance().notebook_instance_name(name).send().await;
-        self.unless_done_by_another(
-            name,
-            started.err().map(|error| Failure::aws(format!("starting notebook instance {name}"), error)),
-            &[Status::Pending, Status::InService],
-        )
-        .await
+        let failure = started.err().map(|error| Failure::aws(format!("starting notebook instance {name}"), error));
+        self.unless_done_by_another(name, failure, &[Status::Pending, Status::InService]).await
     }
 
     /// SageMaker refuses to stop what is stopping. That is no failure: another invocation, or the person, was faster.
@@ -166,7 +160,7 @@ impl Provider for RefreshNotebook {
     async fn poll(&self, awaited: &Awaited) -> Result<Progress<Self>, Failure> {
         let name = &awaited.notebook_instance_name;
         let instance = self.describe(name).await?;
-        let status = instance.notebook_instance_status().cloned().unwrap_or_else(|| Status::from("unknown"));
+        let status = status_of(&instance);
         let restarted = |status: Status| Data { status: status.to_string(), restarted: "true".into() };
         let changed_at = instance.last_modified_time().and_then(|time| time.to_millis().ok()).unwrap_or(0);
         let mut stopped_at = awaited.stopped_at;
@@ -218,10 +212,12 @@ impl Provider for RefreshNotebook {
         struct Detail {
             notebook_instance_name: String,
         }
-        let event: EventBridgeEvent<Detail> = EventBridgeEvent::deserialize(event)
-            .map_err(|why| Failure::new(format!("the event does not name a notebook instance: {why}")))?;
-        Ok(event.detail.notebook_instance_name)
+        detail_of(event, "a notebook instance").map(|detail: Detail| detail.notebook_instance_name)
     }
+}
+
+fn status_of(instance: &DescribeNotebookInstanceOutput) -> Status {
+    instance.notebook_instance_status().cloned().unwrap_or_else(|| Status::from("unknown"))
 }
 
 fn not_restarted(status: Status) -> Data {
