@@ -11,4 +11,8 @@ if ! id livy >/dev/null 2>&1; then
 fi
 
 sudo install -d -o livy -g livy -m 0755 "$plots"
+
+# A month after it was written a plot goes; systemd looks every day. It would go with the cluster anyway.
+echo "d /var/www/html/plots 0755 livy livy m:30d" |
+  sudo install -D -m 0644 /dev/stdin "${ROOT:-}/etc/tmpfiles.d/hail-plots.conf"
 echo "$0: $plots belongs to livy."
