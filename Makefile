@@ -11,19 +11,40 @@ PYTHON ?= python3
 VENV := $(CACHE)/venv-$(shell cksum tests/requirements.txt | cut -d' ' -f1)
 RUN := $(VENV)/bin/python
 
+# What plots take, in two environments: the notebook's, and the cluster's, which is the one of the AMI, made by the
+# same script from the same pins.
+PLOTS := $(CACHE)/plots-$(shell cksum tests/plots/requirements.txt | cut -d' ' -f1)
+RUN_PLOTS := $(PLOTS)/bin/python
+HAIL_VERSION := 0.2.139
+HAIL := $(CACHE)/hail-$(shell cksum packer/requirements/hail-$(HAIL_VERSION).txt | cut -d' ' -f1)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fmt digest build build-local package $(STACKS:%=deploy-%) local local-stop clean
+.PHONY: help demo demo-stacks demo-plots notebook test test-plots lint fmt digest build build-local package $(STACKS:%=deploy-%) local local-stop clean
 
 help: ## List these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  make deploy-STACK   Deploy one of $(STACKS): CODE_BUCKET=... PARAMETERS="Name=value ..."'
 
-demo: build-local $(VENV)/installed ## Deploy, update and delete the four stacks on this machine, without AWS
+demo: ## Deploy, update and delete the four stacks on this machine, without AWS; then the plotting example
+	@$(MAKE) --no-print-directory demo-stacks
+	@$(MAKE) --no-print-directory demo-plots
+
+demo-stacks: build-local $(VENV)/installed ## The stacks alone
 	PYTHONPATH=tests $(RUN) tests/demo.py --built build/local
+
+demo-plots: $(PLOTS)/installed $(HAIL)/installed ## The plotting example alone, executed; build/plots/ then has what a person sees
+	$(RUN_PLOTS) tests/plots demo --hail $(HAIL) --target build/plots
+
+notebook: $(PLOTS)/installed $(HAIL)/installed ## JupyterLab in the browser, with a cluster of this machine, to make plots in
+	$(RUN_PLOTS) tests/plots notebook --hail $(HAIL)
 
 test: lint build-local $(VENV)/installed ## Everything that must hold
 	cargo test --locked
-	PYTHONPATH=tests HAIL_EMR_BUILT=$(CURDIR)/build/local $(RUN) -m pytest -ra tests
+	PYTHONPATH=tests HAIL_EMR_BUILT=$(CURDIR)/build/local $(RUN) -m pytest -ra --ignore=tests/plots tests
+	@$(MAKE) --no-print-directory test-plots
+
+test-plots: $(PLOTS)/installed $(HAIL)/installed ## The plots alone: real Spark, Hail, sparkmagic, web server and browser, a stand-in for Livy
+	HAIL_EMR_HAIL=$(HAIL) $(RUN_PLOTS) -m pytest -ra --confcutdir=tests/plots tests/plots
 
 lint: ## Formatting, and the compiler's and clippy's warnings
 	cargo fmt --check
@@ -87,6 +108,20 @@ $(VENV)/installed: tests/requirements.txt
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r tests/requirements.txt
+	touch $@
+
+# Without the packages of sparkmagic for Kerberos that would have to be compiled (see requirements.in), hence --no-deps.
+$(PLOTS)/installed: tests/plots/requirements.txt
+	rm -rf $(PLOTS)
+	$(PYTHON) -m venv $(PLOTS)
+	$(RUN_PLOTS) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/plots/requirements.txt
+	$(PLOTS)/bin/jupyter kernelspec install --sys-prefix --log-level=ERROR $$($(RUN_PLOTS) -c 'import pathlib, sparkmagic; print(pathlib.Path(sparkmagic.__file__).parent)')/kernels/pysparkkernel
+	touch $@
+
+$(HAIL)/installed: packer/requirements/hail-$(HAIL_VERSION).txt
+	@echo "Installing Spark and Hail takes two to three minutes and 1.3 GB."
+	rm -rf $(HAIL)
+	SOURCES=$(CURDIR)/packer PREFIX=$(HAIL) HAIL_VERSION=$(HAIL_VERSION) PYTHON_VERSION=3.11 bash packer/scripts/hail.sh > $(CACHE)/hail-install.log || { tail -n 20 $(CACHE)/hail-install.log; exit 1; }
 	touch $@
 
 clean: ## Remove what was built here

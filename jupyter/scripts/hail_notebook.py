@@ -334,8 +334,8 @@ class HailMagics(Magics):
 
     def _kernel(self):
         """The magics of sparkmagic's own kernel, which hold its session."""
-        kernel = self.shell.magics_manager.registry.get("KernelMagics")
-        if kernel is None or kernel.language != "python":
+        kernel = self.shell.magics_manager.registry.get("KernelMagics")  # ipykernel has others of this name
+        if getattr(kernel, "language", None) != "python":
             raise HailError("This notebook has another kernel; choose Sparkmagic (PySpark) under Kernel > Change Kernel.")
         return kernel
 

@@ -207,7 +207,7 @@ clusters = json.loads(pathlib.Path("{folder}/clusters.json").read_text())
 if arguments[:2] == ["emr", "list-clusters"]:
     print(json.dumps({{"Clusters": clusters}}))
 elif arguments[:2] == ["emr", "describe-cluster"]:
-    (one,) = [one for one in clusters if one["Id"] == arguments[arguments.index("--cluster-id") + 1]]
+    [one, *_] = [one for one in clusters if one["Id"] == arguments[arguments.index("--cluster-id") + 1]]
     print(json.dumps({{"Cluster": one}}))
 else:
     sys.exit("this stand-in for the AWS CLI knows no " + " ".join(arguments))
@@ -280,6 +280,8 @@ class Notebook:
 
         def hear(message):
             if message["msg_type"] in ("stream", "display_data", "execute_result", "error"):
+                if "application/vnd.jupyter.widget-view+json" in message["content"].get("data", {}):
+                    return  # sparkmagic's progress bar, which goes when the cell has ended
                 output = nbformat.v4.output_from_msg(message)
                 outputs.append(output)
                 if heard:
