@@ -599,7 +599,7 @@ def test_a_backup_that_fails_is_logged_and_not_taken_for_a_success(notebook):
 
 @pytest.fixture
 def starting(notebook):
-    for name in ("list-clusters", "backup-notebook"):
+    for name in ("list-clusters", "backup-notebook", "hail_notebook.py"):
         notebook.write(f"s3/notebooks/scripts/{name}", "#!/bin/bash\n")
     notebook.write("s3/notebooks/common-notebooks/example.ipynb", "{}")
     notebook.write("s3/notebooks/ada/work.ipynb", "from the backup")
@@ -625,6 +625,17 @@ def test_a_start_brings_the_shared_folders_the_settings_and_the_backup(starting)
     profile = starting.run("bash", "-c", f'. "{starting.root}/etc/profile.d/hail-notebook.sh"; echo $HAIL_BUCKET $NOTEBOOK_BUCKET $NOTEBOOK_NAME')
     assert profile.stdout == "hail-bucket notebooks ada\n"
     assert (starting.home / "work.ipynb").read_text() == "from the backup"
+
+
+def test_every_kernel_loads_the_magics_and_knows_the_buckets(starting):
+    start(starting)
+    startup = starting.root / "home/ec2-user/.ipython/profile_default/startup/50-hail.py"
+    told = f"import sys\nclass Shell:\n  def run_line_magic(self, *words): print(*words, sys.path[-1])\nget_ipython = Shell\n{startup.read_text()}"
+    told += '\nprint(*(__import__("os").environ[name] for name in ("HAIL_BUCKET", "NOTEBOOK_BUCKET", "NOTEBOOK_NAME")))'
+    done = starting.run(sys.executable, "-c", told)
+    assert done.stdout.splitlines() == [f"load_ext hail_notebook {starting.home}/bin", "hail-bucket notebooks ada"], done.stderr
+    assert (starting.home / "bin/hail_notebook.py").exists()
+    assert not (starting.root / "usr/local/bin/hail_notebook.py").exists()  # it is no command
 
 
 def test_a_start_that_runs_twice_leaves_one_backup_every_five_minutes(starting):
@@ -736,13 +747,12 @@ def test_the_cells_of_a_notebook_are_python(path):
         ast.parse(python_of(source))
 
 
-def test_the_plotting_example_fetches_the_plot_that_it_saves_where_the_web_server_serves_it():
+def test_the_plotting_example_shows_the_page_that_it_saves_where_the_web_server_serves_it():
     (path,) = [p for p in NOTEBOOKS if p.name == "hail-plotting-example.ipynb"]
     source = "\n".join(source for _, source in code_cells(path))
     saved = re.findall(r'output_file\("/var/www/html/plots/([^"]+)"', source)
-    shown = re.findall(r'^show_plot\("([^"]+)"\)', source, re.M)
+    shown = re.findall(r"^%hail_show (\S+)", source, re.M)
     assert saved and saved == shown
-    assert 'f"http://{primary}/plots/{name}"' in source
 
 
 # ---- the AMI ---------------------------------------------------------------------------------------------------

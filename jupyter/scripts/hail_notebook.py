@@ -116,7 +116,9 @@ def _hail_plot(cell, name, directory, mark):
 INITIALISE = """
 import hail as hl
 with __import__("warnings").catch_warnings(action="ignore"):
-    hl.init(sc=sc, idempotent=True, quiet=True, log=hl.utils.timestamp_path(__import__("tempfile").gettempdir() + "/hail", ".log"))
+    log = hl.utils.timestamp_path(__import__("tempfile").gettempdir() + "/hail", ".log")
+    hl.init(sc=sc, idempotent=True, quiet=True, log=log)
+    del log
 print("Hail " + hl.version() + " is initialised as 'hl'.")
 """
 
@@ -152,10 +154,14 @@ def primary_of(name):
         others = ", ".join(one[0] for one in there) or "none"
         raise HailError(f"No cluster named {name} is up; those that are: {others}.")
     if len(fitting) > 1:
-        raise HailError(f"{len(fitting)} clusters are named {name}; take one of the ids {', '.join(one[1] for one in fitting)}.")
+        raise HailError(
+            f"{len(fitting)} clusters are named {name}; take one of the ids {', '.join(one[1] for one in fitting)}."
+        )
     name, cluster_id, state, primary = fitting[0]
     if not primary:
-        raise HailError(f"Cluster {name} ({cluster_id}) is {state} and has no primary node yet; try again in some minutes.")
+        raise HailError(
+            f"Cluster {name} ({cluster_id}) is {state} and has no primary node yet; try again in some minutes."
+        )
     return primary
 
 
@@ -184,10 +190,14 @@ class Session:
             answer = self.http.request(method, self.url + path, timeout=(5, 60), **more)
         except requests.RequestException:
             raise HailError(
-                f"Livy on {self.primary} does not answer any more; see with %hail_clusters whether the cluster is up, and connect anew with %hail_connect."
+                f"Livy on {self.primary} does not answer any more; see with %hail_clusters whether the cluster is "
+                "up, and connect anew with %hail_connect."
             ) from None
         if answer.status_code == 404:
-            raise HailError(f"Session {self.number} on {self.primary} is gone; connect anew with %hail_connect, which begins with no variables.")
+            raise HailError(
+                f"Session {self.number} on {self.primary} is gone; connect anew with %hail_connect, which begins "
+                "with no variables."
+            )
         return answer
 
     def state(self):
@@ -197,7 +207,8 @@ class Session:
         state = self.state()
         if state in ENDED:
             raise HailError(
-                f"Session {self.number} on {self.primary} is {state}, out of memory most often (%%logs tells); connect anew with %hail_connect, which begins with no variables."
+                f"Session {self.number} on {self.primary} is {state}, out of memory most often (%%logs tells); "
+                "connect anew with %hail_connect, which begins with no variables."
             )
 
     def run(self, code):
@@ -225,7 +236,8 @@ class Session:
         output = statement.get("output") or {"status": statement["state"]}
         if output["status"] == "ok":
             return str(output["data"].get("text/plain", ""))
-        raise HailError("\n".join([output.get("evalue", f"The cell was {statement['state']}."), "".join(output.get("traceback", []))]))
+        said = output.get("evalue", f"The cell was {statement['state']}.")
+        raise HailError("\n".join([said, "".join(output.get("traceback", []))]).rstrip())
 
 
 # ---- the magics ------------------------------------------------------------------------------------------------
@@ -238,17 +250,22 @@ def fetch(primary, file):
         answer = requests.get(url, timeout=(5, 60))
     except requests.RequestException:
         raise HailError(
-            f"The web server of {primary} does not answer on port {PLOTS_PORT}; its step 'Hail: plot web server' and 'journalctl -u httpd' on the node tell why."
+            f"The web server of {primary} does not answer on port {PLOTS_PORT}; its step 'Hail: plot web server' and "
+            "'journalctl -u httpd' on the node tell why."
         ) from None
     if answer.status_code != 200:
-        raise HailError(f"{url} answers {answer.status_code}; %hail_show takes the name of a file that is in {PLOT_DIRECTORY} of the primary node.")
+        raise HailError(
+            f"{url} answers {answer.status_code}; %hail_show takes the name of a file that is in {PLOT_DIRECTORY} of "
+            "the primary node."
+        )
     answer.encoding = "utf-8"
     return answer.text
 
 
 def show(page, height, caption):
     # A page of its own inside of this one: its scripts see nothing of the notebook.
-    frame = f'<iframe srcdoc="{html.escape(page)}" sandbox="allow-scripts" width="100%" height="{height + 40}" style="border: 0"></iframe>'
+    size = f'width="100%" height="{height + 40}" style="border: 0"'
+    frame = f'<iframe srcdoc="{html.escape(page)}" sandbox="allow-scripts" {size}></iframe>'
     display(HTML(f'<div class="hail-plot">{frame}<br><small>{html.escape(caption)}</small></div>'))
 
 
@@ -265,7 +282,8 @@ class HailMagics(Magics):
             answering = list(several.map(lambda one: bool(one[3]) and answers(one[3]), there))
         rows = [("NAME", "ID", "STATE", "LIVY", "ANSWERS")]
         for (name, cluster_id, state, primary), answer in zip(there, answering, strict=True):
-            rows.append((name, cluster_id, state, f"http://{primary}:{LIVY_PORT}" if primary else "-", "yes" if answer else "no"))
+            livy = f"http://{primary}:{LIVY_PORT}" if primary else "-"
+            rows.append((name, cluster_id, state, livy, "yes" if answer else "no"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -280,7 +298,8 @@ class HailMagics(Magics):
         primary = primary_of(name)
         if not answers(primary, seconds=10):
             raise HailError(
-                f"Livy on {primary} of cluster {name} does not answer on port {LIVY_PORT}; is this notebook's security group the one that hail-emr was given?"
+                f"Livy on {primary} of cluster {name} does not answer on port {LIVY_PORT}; is this notebook's "
+                "security group the one that hail-emr was given?"
             )
         url = f"http://{primary}:{LIVY_PORT}"
         if kernel.session_started:
@@ -295,7 +314,10 @@ class HailMagics(Magics):
         kernel._do_not_call_change_endpoint(f"-s {url} -t None")
         if not kernel._do_not_call_start_session(""):
             kernel.fatal_error = False  # or sparkmagic would not try again
-            raise HailError(f"Cluster {name} gave no session, for the reason above; with too little memory left, end a session of yours or take another cluster.")
+            raise HailError(
+                f"Cluster {name} gave no session, for the reason above; with too little memory left, end a session "
+                "of yours or take another cluster."
+            )
         print(self._session(kernel).run(INITIALISE))
 
     @cell_magic
@@ -303,11 +325,16 @@ class HailMagics(Magics):
         """%%hail_plot [NAME]: runs the cell on the cluster and shows the figure that is its last expression."""
         name = line.strip() or "plot"
         if not NAME.fullmatch(name):
-            raise HailError(f"{name!r} is no name for a plot; it should be up to 100 letters, digits, dots, underscores and hyphens, a letter or digit first.")
+            raise HailError(
+                f"{name!r} is no name for a plot; it should be up to 100 letters, digits, dots, underscores and "
+                "hyphens, a letter or digit first."
+            )
         with suppress(SyntaxError):  # the session tells of it, and knows its Python
             statements = ast.parse(cell).body
             if not statements or not isinstance(statements[-1], ast.Expr):
-                raise HailError("The last line of a %%hail_plot cell should be the figure alone, such as the variable that it is in.")
+                raise HailError(
+                    "The last line of a %%hail_plot cell should be the figure alone, such as its variable."
+                )
         session = self._session(self._kernel())
         mark = f"hail-plot-{secrets.token_hex(8)}:"
         source = textwrap.dedent(inspect.getsource(_hail_plot))
@@ -317,9 +344,15 @@ class HailMagics(Magics):
             print(said.strip())
         made = json.loads(made.partition("\n")[0])
         if "not" in made:
-            raise HailError(f"The last line of the cell is a {made['not']} and no figure; %%hail_plot shows figures of bokeh (hl.plot), plotly (hl.ggplot) and matplotlib.")
+            raise HailError(
+                f"The last line of the cell is a {made['not']} and no figure; %%hail_plot shows figures of bokeh "
+                "(hl.plot), plotly (hl.ggplot) and matplotlib."
+            )
         if "unwritten" in made:
-            raise HailError(f"The plot cannot be written on {session.primary} ({made['unwritten']}); the cluster's step 'Hail: plot directory' makes the place for it.")
+            raise HailError(
+                f"The plot cannot be written on {session.primary} ({made['unwritten']}); the cluster's step 'Hail: "
+                "plot directory' makes the place for it."
+            )
         show(fetch(session.primary, made["file"]), made["height"], made["file"])
 
     @line_magic
@@ -327,7 +360,9 @@ class HailMagics(Magics):
         """%hail_show PLOT [CLUSTER]: shows a plot that is in the plot directory of the cluster."""
         plot, *cluster = line.split(None, 1)[:2] or [""]
         if not NAME.fullmatch(plot):
-            raise HailError(f"{plot!r} is no name of a plot; it should be that of a file in {PLOT_DIRECTORY} of the primary node.")
+            raise HailError(
+                f"{plot!r} is no name of a plot; it should be that of a file in {PLOT_DIRECTORY} of the primary node."
+            )
         primary = primary_of(cluster[0].strip()) if cluster else self._session(self._kernel()).primary
         page = fetch(primary, plot)
         show(page, 640, plot)
@@ -336,12 +371,17 @@ class HailMagics(Magics):
         """The magics of sparkmagic's own kernel, which hold its session."""
         kernel = self.shell.magics_manager.registry.get("KernelMagics")  # ipykernel has others of this name
         if getattr(kernel, "language", None) != "python":
-            raise HailError("This notebook has another kernel; choose Sparkmagic (PySpark) under Kernel > Change Kernel.")
+            raise HailError(
+                "This notebook has another kernel; choose Sparkmagic (PySpark) under Kernel > Change Kernel."
+            )
         return kernel
 
     def _session(self, kernel):
         if not kernel.session_started:
-            raise HailError("This notebook is not connected to a cluster; %hail_connect CLUSTER does that, and %hail_clusters shows those that are up.")
+            raise HailError(
+                "This notebook is not connected to a cluster; %hail_connect CLUSTER does that, and %hail_clusters "
+                "shows those that are up."
+            )
         return Session(kernel.endpoint.url, kernel.spark_controller.get_session_id_for_client(kernel.session_name))
 
     def _forget(self, kernel):

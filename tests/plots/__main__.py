@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 from browser import Page, chromium, write_page
-from local_plots import NOTEBOOKS, Cluster, Failed, Person, plots_of, text_of
+from local_plots import NOTEBOOKS, Cluster, Failed, Person, plots_of, read, text_of
 
 EXAMPLE = "hail-plotting-example"
 
@@ -53,9 +53,7 @@ def demo(hail, target):
     with laboratory(hail) as (cluster, person):
         print(f"A cluster of this machine: http://{cluster.address}:8998 is a stand-in for Livy, with real Spark and Hail behind it;")
         print(f"the web server is real, configured by the plot steps. {EXAMPLE}.ipynb runs in sparkmagic's kernel:")
-        example = nbformat.read(NOTEBOOKS / f"{EXAMPLE}.ipynb", 4)
-        for cell in example.cells:
-            cell.source = cell.source.replace("/var/www/html/plots", "var/www/html/plots")
+        example = read(EXAMPLE)
         with person.open() as notebook:
             for number, cell in enumerate(one for one in example.cells if one.cell_type == "code"):
                 first = cell.source.splitlines()[0]
@@ -79,8 +77,7 @@ def notebook(hail):
     with laboratory(hail) as (_, person):
         # The shared folder is read-only on a notebook instance; this one is gone in the end.
         for one in NOTEBOOKS.glob("*.ipynb"):
-            text = one.read_text().replace("/var/www/html/plots", "var/www/html/plots")
-            (person.work / "common-notebooks" / one.name).write_text(text)
+            nbformat.write(read(one.stem), person.work / "common-notebooks" / one.name)
         user = ["--allow-root"] if os.getuid() == 0 else []
         print(f"JupyterLab starts; open common-notebooks/{EXAMPLE}.ipynb in it. Control-C ends everything and forgets what was done.")
         # In a group of its own, so that Control-C reaches it after the sessions' own end has been prepared.

@@ -4,12 +4,11 @@ import os
 import shutil
 from contextlib import contextmanager
 
-import nbformat
 from local_plots import Failed
 from nbconvert import HTMLExporter
 from playwright.sync_api import sync_playwright
 
-WAIT = 20_000  # milliseconds, after which what is waited for will not come
+WAIT = 120_000  # milliseconds, after which what is waited for will not come
 
 # How many colours there are in what is drawn: an empty canvas has one.
 COLOURS = """element => {

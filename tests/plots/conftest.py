@@ -1,15 +1,15 @@
-"""What the tests of the plots share: one cluster, and the plotting example that one person has run on it, in the
-middle of which another person connected."""
+"""What the tests of the plots share: one cluster, on which one person has run the plotting example, and another one the
+GWAS tutorial at the same time."""
 
 import os
 import tempfile
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 import pytest
 from browser import Page, chromium, write_page
-from local_plots import NOTEBOOKS, Cluster, Person
+from local_plots import Cluster, Notebook, Person, read
 
 FIGURES = []
 
@@ -43,48 +43,45 @@ def cluster(folder, hail):
 
 
 @pytest.fixture(scope="session")
-def both(folder, cluster):
-    """The notebooks of ada, who has run the plotting example, and of bob, who has connected meanwhile."""
-    ada, bob = (Person(folder / name, name, cluster) for name in ("ada", "bob"))
-    with ada.open() as hers, bob.open() as his:
-        connected = []
-        connecting = threading.Thread(target=lambda: connected.append(his.run("%hail_connect hail")))
-        connecting.start()
-        example = read("hail-plotting-example")
-        ran = hers.execute(example)
-        connecting.join()
-        assert connected[0][0], connected
-        yield hers, his, (ran, example), ada
+def people(folder, cluster):
+    return tuple(Person(folder / name, name, cluster) for name in ("ada", "bob"))
 
 
-def read(name):
-    """A shared notebook, for a cluster whose root is where its sessions are."""
-    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
-    for cell in notebook.cells:
-        cell.source = cell.source.replace("/var/www/html/plots", "var/www/html/plots")
-    return notebook
+@pytest.fixture(scope="session")
+def both(people):
+    """The notebooks of ada and bob, whether what they ran came to its end, and what it gave."""
+    with people[0].open() as hers, people[1].open() as his, ThreadPoolExecutor() as at_once:
+        books = read("hail-plotting-example"), read("hail-gwas-tutorial")
+        ran = list(at_once.map(Notebook.execute, (hers, his), books))
+        yield (hers, his), tuple(zip(ran, books, strict=True))
 
 
 @pytest.fixture(scope="session")
 def ada(both):
-    return both[0]
+    return both[0][0]
 
 
 @pytest.fixture(scope="session")
 def bob(both):
-    return both[1]
+    return both[0][1]
 
 
 @pytest.fixture(scope="session")
 def example(both):
     """Whether the example ran to its end, and its cells with what they gave."""
-    return both[2]
+    return both[1][0]
 
 
 @pytest.fixture(scope="session")
-def person(both):
+def gwas(both):
+    """The same of the GWAS tutorial."""
+    return both[1][1]
+
+
+@pytest.fixture(scope="session")
+def person(people):
     """Ada herself."""
-    return both[3]
+    return people[0]
 
 
 @pytest.fixture(scope="session")

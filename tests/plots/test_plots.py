@@ -2,6 +2,7 @@
 stand-in for Livy."""
 
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -11,7 +12,7 @@ import time
 
 import pytest
 from conftest import FIGURES
-from local_plots import Cluster, Notebook, plots_of, text_of, until
+from local_plots import REPOSITORY, Cluster, Notebook, plots_of, read, script, text_of, until
 
 SMALL_FIGURE = """
 from bokeh.plotting import figure as new_figure
@@ -77,6 +78,51 @@ def test_the_manhattan_plot_is_down_sampled_and_keeps_what_stands_out(example_pa
     columns = "[...Bokeh.documents[0]._all_models.values()].filter(m => m.type == 'ColumnDataSource').map(m => [...m.data.p_value || []])"
     p_values = [p for column in manhattan.frame.evaluate(columns) for p in column]
     assert 0 < len(p_values) < 2000 and min(p_values) < 5e-8
+
+
+# ---- the tutorials ---------------------------------------------------------------------------------------------
+
+
+def test_the_gwas_tutorial_finds_the_variant_that_it_simulates(gwas, look):
+    ran, notebook = gwas
+    assert ran, [text_of(cell.outputs) for cell in notebook.cells if cell.get("outputs")]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    (simulated,) = re.findall(r"at (7:\d+)", "".join(text_of(cell.outputs) for cell in cells))
+    found = re.findall(r"\| (\d+:\d+) ", text_of(cells[-1].outputs))
+    assert found == [simulated]
+    plots = [output for cell in cells for output in cell.outputs if plots_of([output])]
+    assert [one.title() for one in look(plots).plots] == [
+        "Call rates of the samples", "Q-Q plot without correction", "Principal components", "Q-Q plot, corrected",
+        "Manhattan plot, corrected",
+    ]
+
+
+# VEP and its cache take a hundred gigabytes; this says of every variant what it was given, in VEP's form.
+VEP = r"""#!/usr/bin/env python3
+import json, sys
+assert "--json" in sys.argv and "--offline" in sys.argv, sys.argv
+for line in sys.stdin:
+    if not line.startswith("#"):
+        gene = {"gene_symbol": "GENE" + line.split("\t")[1], "consequence_terms": ["missense_variant"]}
+        print(json.dumps({"input": line.rstrip("\n"), "most_severe_consequence": "missense_variant", "transcript_consequences": [gene]}))
+"""
+
+
+@pytest.mark.parametrize("genome", ["GRCh37", "GRCh38"])
+def test_the_vep_tutorial_runs_with_the_configuration_that_is_seeded_and_a_stand_in_for_vep(ada, cluster, look, genome):
+    script(cluster.root / "opt/vep/ensembl-vep/vep", VEP)
+    seeded = (REPOSITORY / f"packer/vep/vep-configuration-{genome}.json").read_text()
+    bucket = cluster.root / "bucket/vep"
+    bucket.mkdir(parents=True, exist_ok=True)
+    (bucket / f"vep-configuration-{genome}.json").write_text(seeded.replace("/opt/vep", f"{cluster.root}/opt/vep"))
+    notebook = read("hail-vep-tutorial")
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("s3://{hail_bucket}", f"file://{cluster.root}/bucket").replace('genome = "GRCh38"', f'genome = "{genome}"')
+    assert ada.execute(notebook), [text_of(cell.outputs) for cell in notebook.cells if cell.get("outputs")]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert text_of(cells[-2].outputs).count("missense_variant") == 4
+    assert text_of(ada.run("hail_bucket")[1]) == "'hail-bucket'"
+    assert look(cells[-1].outputs).plots[0].title() == "Most severe consequences"
 
 
 # ---- two people, and what is kept ------------------------------------------------------------------------------
