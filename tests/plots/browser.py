@@ -62,7 +62,7 @@ class Page:
         self.errors = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.route("**/*", lambda route: route.continue_() if route.request.url.startswith("file:") else route.abort())
-        self.page.goto(f"file://{path}", wait_until="domcontentloaded")
+        self.page.goto(path.resolve().as_uri(), wait_until="domcontentloaded")
         self.plots = [Plot(self.page, one) for one in self.page.query_selector_all(".hail-plot iframe")]
 
     def picture(self, path):

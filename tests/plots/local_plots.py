@@ -270,7 +270,7 @@ class Notebook:
         return self
 
     def __exit__(self, *_):
-        # By sparkmagic's own end, which takes the session with it; it waits for its heartbeat half a minute after that.
+        # At once: sparkmagic waits half a minute for its heartbeat. The session goes with its cluster.
         self.client.stop_channels()
         self.manager.shutdown_kernel(now=True)
 
