@@ -2,11 +2,12 @@
 
 from ministack import app
 
-from . import cloudformation, codebuild, ec2, emr, events, iam, lambda_functions, s3, sagemaker, scheduler, ssm
-from . import server, simulation
+from . import cloudformation, codebuild, ec2, emr, events, iam, instances, lambda_functions, s3, sagemaker, scheduler
+from . import server, simulation, ssm
 
 for service in (iam, s3, ec2, ssm, events, scheduler, lambda_functions, codebuild, emr, sagemaker, cloudformation):
     service.install()
+instances.install()
 
 
 async def ministack(scope, receive, send):
