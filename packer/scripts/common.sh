@@ -10,7 +10,7 @@ export TMPDIR="${TMPDIR:-/var/tmp}"
 
 # build-ami looks for the text in the log of a build that failed, and puts the sentence into the stack event.
 fail() {
-  echo "hail-ami error: $* (${0##*/})" >&2
+  echo "${0##*/}: hail-ami error: $*" >&2
   exit 1
 }
 
