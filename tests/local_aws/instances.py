@@ -279,7 +279,7 @@ def run_instances(query):
 
     simulation.later(simulation.settings["instances"]["seconds"], start)
     shown = ec2._instance_xml(instance)
-    body = re.sub(r"(?s)<instancesSet>.*</instancesSet>", lambda _: f"<instancesSet>{shown}</instancesSet>", as_text(body))
+    body = re.sub(r"(?s)(?<=<instancesSet>).*(?=</instancesSet>)", lambda _: shown, as_text(body))
     return status, headers, body.encode()
 
 
