@@ -15,7 +15,7 @@ zip="packer_${PACKER_VERSION}_linux_$arch.zip"
 url="https://releases.hashicorp.com/packer/$PACKER_VERSION/$zip"
 
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'ended "$BASH_COMMAND"' EXIT
 curl --fail --silent --show-error --location --retry 5 --output "$work/$zip" "$url" ||
   fail "$url cannot be downloaded; the build needs a way out to the internet."
 (cd "$work" && echo "$sha256  $zip" | sha256sum --check --quiet) ||

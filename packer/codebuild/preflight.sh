@@ -8,7 +8,7 @@ set -euo pipefail
 . codebuild/fail.sh
 
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'ended "$BASH_COMMAND"' EXIT
 
 # ask COMMAND...: what the AWS CLI answers, or else `why` is the last line of what it said.
 ask() {

@@ -8,11 +8,24 @@ set -euo pipefail
 # /tmp is memory on Amazon Linux 2023, and what is built here is larger.
 export TMPDIR="${TMPDIR:-/var/tmp}"
 
+# A folder that a script makes for what it only needs itself.
+work=
+said=
+
 # build-ami looks for the text in the log of a build that failed, and puts the sentence into the stack event.
 fail() {
+  said=yes
   echo "${0##*/}: hail-ami error: $*" >&2
   exit 1
 }
+
+# Every end that is not the script's own is told in such a sentence too, and once.
+ended() {
+  local status=$?
+  [ -z "$work" ] || rm -rf "$work"
+  [ $status = 0 ] || [ -n "$said" ] || echo "${0##*/}: hail-ami error: the build ended at '$1', with status $status; what it said is above." >&2
+}
+trap 'ended "$BASH_COMMAND"' EXIT
 
 # fetch URL SHA256 FILE: a download that is not what it was when it was pinned ends the build.
 fetch() {

@@ -7,7 +7,6 @@
 prefix="${PREFIX:-/opt/hail}"
 requirements="$SOURCES/requirements"
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 
 pip() { # environment arguments...
   "$1/bin/python" -m pip install --disable-pip-version-check --no-cache-dir --progress-bar off "${@:2}"

@@ -5,7 +5,6 @@
 
 prefix="${PREFIX:-/usr/local}"
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 cd "$work"
 
 compile() { # folder configure-options...

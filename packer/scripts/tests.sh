@@ -31,7 +31,6 @@ expect "web server at boot" disabled "$(systemctl is-enabled httpd || true)"
 [ -s "$hail/requirements.txt" ] || fail "the list of the Python packages, $hail/requirements.txt, is missing."
 
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 cd "$work"
 "$hail/bin/python" - "$hail/hail-all-spark.jar" <<'PYTHON' || fail "Hail does not compute."
 import sys

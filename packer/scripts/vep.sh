@@ -11,7 +11,6 @@ fi
 
 prefix="${VEP_PREFIX:-/opt/vep}"
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 
 dnf install -y libpng-devel perl perl-Archive-Zip perl-DBD-SQLite perl-DBI perl-JSON perl-List-MoreUtils \
   perl-Module-Build perl-libwww-perl unzip ||
