@@ -1104,6 +1104,18 @@ def test_a_build_without_an_ami_does_not_succeed(build):
     assert "names 0 AMIs" in the_error(run_build(build))
 
 
+@pytest.mark.parametrize("log, says", [
+    ("Build 'amazon-ebs.hail' errored after 3 minutes 2 seconds: Timeout waiting for SSH.", "packer build failed: Timeout waiting for SSH."),
+    ("Error: no plugin installed for github.com/hashicorp/amazon 1.5.0", "packer build failed: no plugin installed for github.com/hashicorp/amazon 1.5.0."),
+    ("cannot allocate memory", "packer build failed: what it said is above."),
+    ("    amazon-ebs.hail: hail.sh: hail-ami error: Hail does not compute.\n"
+     "Build 'amazon-ebs.hail' errored after 3 minutes: Script exited with non-zero exit status: 1.", "Hail does not compute."),
+])
+def test_why_packer_failed_is_told_in_one_sentence_and_that_of_a_script_goes_first(build, log, says):
+    build.stand_in("packer", f'[ "$1" = build ] || exit 0; cat <<"LOG"\n{log}\nLOG\nexit 1')
+    assert the_error(run_build(build)) == says
+
+
 def test_a_packer_that_is_not_the_pinned_one_is_not_installed(build):
     build.stand_in("curl", 'while [ "$1" != --output ]; do shift; done; echo something else >"$2"')
     build.stand_in("unzip")
@@ -1151,6 +1163,15 @@ def test_a_download_that_changed_ends_the_provisioning(build):
     build.stand_in("curl", 'while [ "$1" != --output ]; do shift; done; echo something else >"$2"')
     assert "htslib-1.23.1.tar.bz2 is not the file that versions.env names" in the_error(provision(build, "samtools"))
     assert not (build.folder / "prefix").exists()
+
+
+@pytest.mark.parametrize("script", ["system", "clean"])
+def test_a_command_that_fails_where_nobody_expected_it_is_told_in_one_sentence(build, script):
+    build.stand_in("dnf", "[ $1 = install ]")
+    build.stand_in("systemctl", "exit 3")
+    command, status = {"system": ("systemctl disable --now httpd", 3), "clean": ("dnf clean all", 1)}[script]
+    error = the_error(provision(build, script))
+    assert error == f"the build ended at '{command}', with status {status}; what it said is above."
 
 
 def test_a_compiler_that_fails_ends_the_provisioning_at_once_and_its_words_are_shown(build):
@@ -1348,7 +1369,7 @@ def vep_sources(vep):
     vep.write("bigfile").write_bytes(bigfile)
     vep.write("kent").write_bytes(packed(vep.folder, {"kent-335_base/src/inc/common.mk": b""}, "w:gz"))
     pin(vep, LOFTEE_REPOSITORY=folder, LOFTEE_COMMIT_GRCh37=commit, LOFTEE_COMMIT_GRCh38=commit, BIO_BIGFILE_SHA256=hashlib.sha256(bigfile).hexdigest())
-    vep.stand_in("curl", f'if [ "$6" = --output ]; then cp "{vep.folder}/bigfile" "$7"; else cat "{vep.folder}/kent"; fi')
+    vep.stand_in("curl", f'if [ "$7" = --output ]; then cp "{vep.folder}/bigfile" "$8"; else cat "{vep.folder}/kent"; fi')
     vep.stand_in("dnf")
     vep.stand_in("make", 'exit "${MAKE_FAILS:-0}"')
     vep.stand_in("perl", 'case $* in Build.PL*) mkdir -p "$3" && printf "#!/bin/sh\n" >Build && chmod +x Build ;; esac')
@@ -1414,7 +1435,7 @@ case $* in
   *'version("hail")'*) echo 0.2.139 ;;
   *hail.__version__*) echo 0123456789ab ;;
   *pyspark*) echo 3.5 ;;
-  - *) [ -z "$HAIL_FAILS" ] && echo plot >plot.html ;;
+  '- '*) [ -z "$HAIL_FAILS" ] && echo plot >plot.html ;;
 esac
 """).chmod(0o755)
     build.write("hail/requirements.txt", "hail==0.2.139\n")
@@ -1491,7 +1512,8 @@ def test_packer_has_nothing_to_format():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_packer_takes_the_template(machine):
+@pytest.mark.parametrize("kms_key_id", ["", KEY])
+def test_packer_takes_the_template(machine, kms_key_id):
     packer, version = packer_command()
     if not version.startswith("1.6."):
         pytest.skip(f"packer {version} would have to download its amazon plugin; 1.6 has one built in")
@@ -1505,7 +1527,7 @@ def test_packer_takes_the_template(machine):
     machine.write("source/hail.pkr.hcl", template)
     blocks = re.findall(r'^variable "(\w+)" \{(.*?)^\}', template, re.M | re.S)
     values = {name: "x" for name, block in blocks if "default" not in block}
-    values |= {"ami_name": "hail-1", "architecture": "arm64", "region": "eu-west-1", "ssh_interface": "public_ip", "root_volume_size": "15"}
+    values |= {"kms_key_id": kms_key_id, "ami_name": "hail-1", "architecture": "arm64", "region": "eu-west-1", "ssh_interface": "public_ip", "root_volume_size": "15"}
     arguments = [word for name, value in values.items() for word in ("-var", f"{name}={value}")]
     done = subprocess.run([packer, "validate", *arguments, "."], cwd=machine.folder / "source", capture_output=True, text=True,
                           env=os.environ | {"HOME": str(machine.folder), "CHECKPOINT_DISABLE": "1"})

@@ -10,4 +10,5 @@ trap 'rm -f "$log"' EXIT
 packer "$@" 2>&1 | tee "$log" && exit
 grep -q 'hail-ami error: ' "$log" && exit 1
 reason=$(sed -n "s/^Build '[^']*' errored after [^:]*: //p; s/^Error: //p" "$log" | head -n 1)
-fail "packer $1 failed: ${reason:-what it said is above}."
+reason=${reason:-what it said is above}
+fail "packer $1 failed: ${reason%.}."

@@ -36,7 +36,7 @@ if [[ $HAIL_VERSION =~ ^[0-9]+\.[0-9]+\.[0-9]+$ ]]; then
 else
   build_from_source
   what="Hail at $HAIL_VERSION ($HAIL_REVISION)"
-  hail=$(find "$work/source/hail/build/deploy/dist" -name 'hail-*.whl' 2>/dev/null | head -n 1)
+  hail=$(find "$work/source/hail/build/deploy/dist" -name 'hail-*.whl' 2>/dev/null | head -n 1 || true)
   [ -n "$hail" ] || fail "$what was built, and there is no wheel in build/deploy/dist."
 fi
 
