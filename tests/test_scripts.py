@@ -835,7 +835,7 @@ KEY_IS_WELL = {"KeyMetadata": {"KeyState": "Enabled", "KeySpec": "SYMMETRIC_DEFA
 def routes(**default):
     """A route table whose default route leads there: GatewayId="igw-1", ..."""
     local = {"DestinationCidrBlock": "10.0.0.0/16", "GatewayId": "local", "State": "active"}
-    return {"RouteTables": [{"Routes": [local] + ([{"DestinationCidrBlock": "0.0.0.0/0", "State": "active"} | default] if default else [])}]}
+    return {"RouteTables": [{"RouteTableId": "rtb-1", "Routes": [local] + ([{"DestinationCidrBlock": "0.0.0.0/0", "State": "active"} | default] if default else [])}]}
 
 
 @pytest.fixture
@@ -1092,6 +1092,11 @@ def test_a_kms_key_that_cannot_be_used_is_refused_before_packer_starts(build, re
     error = the_error(run_build(build, KMS_KEY_ID=KEY))
     assert f"KMS_KEY_ID is '{KEY}', {says}" in error
     assert not build.called("packer")
+
+
+def test_a_role_that_may_not_look_at_the_routes_is_told_so(build):
+    build.refuses({"describe-route-tables": "An error occurred (UnauthorizedOperation): You are not authorized"})
+    assert the_error(run_build(build)) == "The routes of subnet-1 cannot be looked at: An error occurred (UnauthorizedOperation): You are not authorized"
 
 
 def test_a_build_without_a_kms_key_asks_for_none(build):
@@ -1351,8 +1356,8 @@ def packed(folder, files, mode):
 
 
 LOFTEE_DATA = {
-    "GRCh37": ["human_ancestor.fa.gz", "human_ancestor.fa.gz.fai", "phylocsf_gerp.sql", "GERP_scores.final.sorted.txt.gz", "GERP_scores.final.sorted.txt.gz.tbi"],
-    "GRCh38": ["human_ancestor.fa.gz", "human_ancestor.fa.gz.fai", "loftee.sql", "gerp_conservation_scores.homo_sapiens.GRCh38.bw"],
+    "GRCh37": ["human_ancestor.fa.gz", "phylocsf_gerp.sql", "GERP_scores.final.sorted.txt.gz", "GERP_scores.final.sorted.txt.gz.tbi"],
+    "GRCh38": ["human_ancestor.fa.gz", "loftee.sql", "gerp_conservation_scores.homo_sapiens.GRCh38.bw"],
 }
 
 
@@ -1374,13 +1379,14 @@ def vep_sources(vep):
     vep.stand_in("make", 'exit "${MAKE_FAILS:-0}"')
     vep.stand_in("perl", 'case $* in Build.PL*) mkdir -p "$3" && printf "#!/bin/sh\n" >Build && chmod +x Build ;; esac')
     sequence = gzip.compress(b">1\nACGTACGT\n")
+    ancestor = subprocess.run(["bgzip", "-c"], input=b">1\nACGTACGT\n", capture_output=True, check=True).stdout
     for build, data in LOFTEE_DATA.items():
         # As the Hail team packs them: the data of GRCh37 in a folder, that of GRCh38 in none.
         top = "loftee_data/" if build == "GRCh37" else ""
         for key, content in {
             f"cache/homo_sapiens_vep_115_{build}.tar.gz": packed(vep.folder, {f"homo_sapiens/115_{build}/info.txt": b"x"}, "w:gz"),
             f"fasta/Homo_sapiens.{build}.dna.primary_assembly.fa.gz": sequence,
-            f"loftee/{build}.tar": packed(vep.folder, {top + name: b"x" for name in data}, "w"),
+            f"loftee/{build}.tar": packed(vep.folder, {top + name: ancestor if "ancestor" in name else b"x" for name in data}, "w"),
         }.items():
             vep.write(f"s3/hail-bucket/vep/{key}").write_bytes(content)
     return vep
@@ -1395,7 +1401,7 @@ def test_vep_is_installed_with_its_plugins_and_loftee_and_may_be_so_twice(vep_so
     there = {path.relative_to(prefix).as_posix() for path in prefix.rglob("*") if path.is_file() and ".git/" not in path.as_posix()}
     assert there >= {"ensembl-vep/vep", "Plugins/CADD.pm", "loftee/GRCh37/LoF.pm", "loftee/GRCh38/LoF.pm"}
     for build, data in LOFTEE_DATA.items():
-        assert there >= {f"loftee-data/{build}/{name}" for name in data}
+        assert there >= {f"loftee-data/{build}/{name}" for name in [*data, "human_ancestor.fa.gz.fai", "human_ancestor.fa.gz.gzi"]}
         assert f"cache/homo_sapiens/115_{build}/info.txt" in there
         fasta = prefix / f"fasta/Homo_sapiens.{build}.dna.primary_assembly.fa.gz"
         part = subprocess.run(["samtools", "faidx", str(fasta), "1:2-5"], capture_output=True, text=True, check=True)
@@ -1493,7 +1499,7 @@ def test_the_vep_configuration_is_what_hail_reads(build_of_the_genome):
     # The files that LOFTEE of this build reads are those that the image test wants there.
     plugin = command[command.index("--plugin") + 1]
     named = {word.rsplit("/", 1)[1] for word in plugin.split(",") if "loftee-data" in word}
-    assert named == {name for name in LOFTEE_DATA[build_of_the_genome] if not name.endswith((".fai", ".tbi"))}
+    assert named == {name for name in LOFTEE_DATA[build_of_the_genome] if not name.endswith(".tbi")}
     image_test = (PACKER / "scripts/tests.sh").read_text()
     assert all(name in image_test for name in LOFTEE_DATA[build_of_the_genome])
     assert {"lof", "lof_filter", "lof_flags", "lof_info"} <= set(schema["transcript_consequences"][0])

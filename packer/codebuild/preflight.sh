@@ -10,17 +10,13 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'ended "$BASH_COMMAND"' EXIT
 
-# ask COMMAND...: what the AWS CLI answers, or else `why` is the last line of what it said.
-ask() {
-  aws "$@" --output json >"$work/answer" 2>"$work/error" || {
-    why=$(grep -v '^$' "$work/error" | tail -n 1)
-    return 1
-  }
+ask() { # arguments of the AWS CLI...
+  aws "$@" --output text 2>"$work/error"
 }
 
-# look PYTHON-EXPRESSION: of the last answer, which it names `answer`.
-look() {
-  python3 -c 'import json, sys; answer = json.load(open(sys.argv[1])); print(eval(sys.argv[2]))' "$work/answer" "$1"
+# The last line of what the AWS CLI said.
+why() {
+  grep -v '^$' "$work/error" | tail -n 1
 }
 
 hail_release() {
@@ -53,39 +49,37 @@ hail_commit() {
 }
 
 subnet() {
-  ask ec2 describe-subnets --subnet-ids "$SUBNET_ID" || fail "SUBNET_ID is '$SUBNET_ID', which cannot be looked at: $why"
   local vpc
-  vpc=$(look 'answer["Subnets"][0]["VpcId"]')
+  vpc=$(ask ec2 describe-subnets --subnet-ids "$SUBNET_ID" --query 'Subnets[0].VpcId') ||
+    fail "SUBNET_ID is '$SUBNET_ID', which cannot be looked at: $(why)"
   [ "$vpc" = "$VPC_ID" ] || fail "SUBNET_ID is '$SUBNET_ID', which is in $vpc and not in VPC_ID, '$VPC_ID'."
 
-  # A subnet without a route table of its own follows the main one of its VPC.
-  ask ec2 describe-route-tables --filters "Name=association.subnet-id,Values=$SUBNET_ID" || fail "The routes of $SUBNET_ID cannot be looked at: $why"
-  if [ "$(look 'len(answer["RouteTables"])')" = 0 ]; then
-    ask ec2 describe-route-tables --filters "Name=vpc-id,Values=$VPC_ID" Name=association.main,Values=true ||
-      fail "The routes of $VPC_ID cannot be looked at: $why"
-  fi
-  local ways
-  ways=$(look '" ".join(str(next((v for k, v in r.items() if k.endswith("Id")), "")) for t in answer["RouteTables"] for r in t["Routes"] if r.get("DestinationCidrBlock") == "0.0.0.0/0" and r.get("State") != "blackhole")')
+  # The table, and where its default route leads. A subnet without a table of its own follows the main one of its VPC.
+  local way out="RouteTables[0].[RouteTableId, Routes[?DestinationCidrBlock=='0.0.0.0/0' && State!='blackhole']
+    .[GatewayId || NatGatewayId || TransitGatewayId || VpcPeeringConnectionId || NetworkInterfaceId || CoreNetworkArn][] | [0]]"
+  way=$(ask ec2 describe-route-tables --filters "Name=association.subnet-id,Values=$SUBNET_ID" --query "$out") ||
+    fail "The routes of $SUBNET_ID cannot be looked at: $(why)"
+  [ "$way" != None ] ||
+    way=$(ask ec2 describe-route-tables --filters "Name=vpc-id,Values=$VPC_ID" Name=association.main,Values=true --query "$out") ||
+    fail "The routes of $VPC_ID cannot be looked at: $(why)"
+  way=${way##*[[:space:]]}
   # Without a public address, an internet gateway is no way out.
-  if [ "$SSH_INTERFACE" = public_ip ]; then
-    [[ " $ways" == *" igw-"* ]] ||
-      fail "The subnet $SUBNET_ID has no way out: its routes have no default route (0.0.0.0/0) to an internet gateway; name a public subnet, or add the route."
-  else
-    [[ -n $ways && " $ways" != *" igw-"* ]] ||
-      fail "The subnet $SUBNET_ID has no way out: its routes have no default route (0.0.0.0/0) to a NAT gateway or the like, which SSH_INTERFACE=private_ip needs; name another subnet, or add the route."
-  fi
+  case $SSH_INTERFACE,$way in
+    public_ip,igw-*) ;;
+    public_ip,*) fail "The subnet $SUBNET_ID has no way out: its routes have no default route (0.0.0.0/0) to an internet gateway; name a public subnet, or add the route." ;;
+    private_ip,None | private_ip,igw-*) fail "The subnet $SUBNET_ID has no way out: its routes have no default route (0.0.0.0/0) to a NAT gateway or the like, which SSH_INTERFACE=private_ip needs; name another subnet, or add the route." ;;
+  esac
 }
 
 kms_key() {
-  ask kms describe-key --key-id "$KMS_KEY_ID" ||
-    fail "KMS_KEY_ID is '$KMS_KEY_ID', which the role of the build may not look at: $why"
   local state
-  state=$(look '" ".join(answer["KeyMetadata"][k] for k in ("KeyState", "KeySpec", "KeyUsage"))')
+  state=$(ask kms describe-key --key-id "$KMS_KEY_ID" --query "KeyMetadata.join(' ', [KeyState, KeySpec, KeyUsage])") ||
+    fail "KMS_KEY_ID is '$KMS_KEY_ID', which the role of the build may not look at: $(why)"
   [ "$state" = "Enabled SYMMETRIC_DEFAULT ENCRYPT_DECRYPT" ] ||
     fail "KMS_KEY_ID is '$KMS_KEY_ID', which is $state; a volume is encrypted with a key that is Enabled SYMMETRIC_DEFAULT ENCRYPT_DECRYPT."
   # What EBS does first with a key; a key's own policy may forbid what that of the role allows.
-  ask kms generate-data-key-without-plaintext --key-id "$KMS_KEY_ID" --key-spec AES_256 ||
-    fail "KMS_KEY_ID is '$KMS_KEY_ID', which the role of the build may not use: $why"
+  ask kms generate-data-key-without-plaintext --key-id "$KMS_KEY_ID" --key-spec AES_256 --query KeyId >&2 ||
+    fail "KMS_KEY_ID is '$KMS_KEY_ID', which the role of the build may not use: $(why)"
 }
 
 echo "hail-ami: looking at Hail $HAIL_VERSION, $SUBNET_ID${KMS_KEY_ID:+ and $KMS_KEY_ID}." >&2

@@ -62,8 +62,8 @@ if [ "$VEP_VERSION" != none ]; then
     fasta="$vep/fasta/Homo_sapiens.$build.dna.primary_assembly.fa.gz"
     loftee="$vep/loftee-data/$build"
     case $build in
-      GRCh37) files=(human_ancestor.fa.gz human_ancestor.fa.gz.fai phylocsf_gerp.sql GERP_scores.final.sorted.txt.gz GERP_scores.final.sorted.txt.gz.tbi) ;;
-      GRCh38) files=(human_ancestor.fa.gz human_ancestor.fa.gz.fai loftee.sql gerp_conservation_scores.homo_sapiens.GRCh38.bw) ;;
+      GRCh37) files=(human_ancestor.fa.gz human_ancestor.fa.gz.fai human_ancestor.fa.gz.gzi phylocsf_gerp.sql GERP_scores.final.sorted.txt.gz GERP_scores.final.sorted.txt.gz.tbi) ;;
+      GRCh38) files=(human_ancestor.fa.gz human_ancestor.fa.gz.fai human_ancestor.fa.gz.gzi loftee.sql gerp_conservation_scores.homo_sapiens.GRCh38.bw) ;;
     esac
     for file in "$vep/cache/homo_sapiens/${VEP_VERSION}_$build/info.txt" "$fasta.fai" "$fasta.gzi" "${files[@]/#/$loftee/}"; do
       [ -f "$file" ] || fail "what VEP reads for $build is not whole: $file is missing."

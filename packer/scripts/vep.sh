@@ -63,7 +63,7 @@ while read -r kind build source unsigned; do
   echo "hail-ami: $source"
   case $kind in
     cache)
-      object "$source" "$unsigned" | tar -xz -C "$prefix/cache" || fail "the cache $source cannot be unpacked."
+      object "$source" "$unsigned" | tar -xz --no-same-owner -C "$prefix/cache" || fail "the cache $source cannot be unpacked."
       ;;
     fasta)
       # Packed anew, since only a file that bgzip made can be read at any place; Ensembl has both sorts.
@@ -75,9 +75,13 @@ while read -r kind build source unsigned; do
       data="$prefix/loftee-data/$build"
       rm -rf "$data"
       mkdir -p "$data"
-      object "$source" "$unsigned" | tar -x -C "$data" || fail "LOFTEE's data $source cannot be unpacked."
+      object "$source" "$unsigned" | tar -x --no-same-owner -C "$data" || fail "LOFTEE's data $source cannot be unpacked."
       # The archive of one build has a folder at its top, and that of the other has none.
       find "$data" -mindepth 2 -type f -exec mv -t "$data" {} +
+      samtools faidx "$data/human_ancestor.fa.gz" || fail "LOFTEE's data $source has no human_ancestor.fa.gz that can be indexed."
       ;;
   esac
 done <"$SOURCES/vep-data"
+
+# It is run by others than root.
+chmod -R a+rX "$prefix"
