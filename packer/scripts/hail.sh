@@ -14,7 +14,7 @@ pip() { # environment arguments...
 
 # As hail-is/hail's documentation of other Spark clusters has it: Java 11, a C++ compiler, lz4 and BLAS.
 build_from_source() {
-  local java=${JAVA_HOME_11:-/usr/lib/jvm/java-11-amazon-corretto}
+  local java=/usr/lib/jvm/java-11-amazon-corretto
   dnf install -y java-11-amazon-corretto-devel lz4-devel rsync ||
     fail "the packages that Hail is built with cannot be installed."
   checkout "$HAIL_REPOSITORY" "$HAIL_REVISION" "$work/source"
