@@ -8,6 +8,8 @@
 - CreateImage and CopyImage: pending, then available, with a snapshot; the same name twice is refused. An image, a
   volume or an instance whose KMS key cannot be used fails after the answer, as on AWS.
 - A snapshot of a registered image cannot be deleted.
+- Policies see the tags of what a request is about (aws:ResourceTag), and images and snapshots under their ARNs, which
+  name no account.
 
 What is in an image is not kept: an instance made from one of these is not started.
 """
@@ -19,8 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from ministack.core.responses import get_account_id
-from ministack.services import ec2, kms
+from ministack.core import iam_actions
+from ministack.core.responses import get_account_id, get_region
+from ministack.services import ec2, kms, tagging
 
 from . import simulation
 from .seams import replace
@@ -49,11 +52,15 @@ machines = {}
 
 def install():
     stock["DescribeImages"] = ec2._ACTION_MAP["DescribeImages"]
+    stock["arn"] = iam_actions.extract_resource_arn
+    replace(iam_actions, extract_resource_arn=resource_arn)
+    tagging._RESOURCE_TAG_COLLECTORS["ec2"] = tagged
     replace(
         ec2._ACTION_MAP,
         CreateKeyPair=create_key_pair,
         DeleteSnapshot=delete_snapshot,
         DescribeImages=describe_images,
+        ModifyImageAttribute=modify_image_attribute,
         RunInstances=run_instances,
         StopInstances=stop_instances,
         TerminateInstances=terminate_instances,
@@ -66,6 +73,26 @@ def install():
         _snapshot_inner_xml=lambda one: with_key(stock_snapshot_xml(one), one),
         _volume_inner_xml=lambda one: with_key(stock_volume_xml(one), one),
     )
+
+
+# For policies
+
+
+def arn_of(resource_id):
+    kind = ec2._guess_resource_type(resource_id)
+    account = "" if kind in ("image", "snapshot") else get_account_id()
+    return f"arn:aws:ec2:{get_region()}:{account}:{kind}/{resource_id}"
+
+
+def resource_arn(service, method, path, headers, body, query, region, account):
+    if service == "ec2" and (resource_id := ec2._p(query, "ResourceId.1")):
+        return arn_of(resource_id)
+    arn = stock["arn"](service, method, path, headers, body, query, region, account)
+    return arn_of(arn.rsplit("/", 1)[-1]) if service == "ec2" and re.search(":(image|snapshot)/", arn) else arn
+
+
+def tagged():
+    return ((arn_of(resource_id), tags) for resource_id, tags in ec2._tags.items())
 
 
 # Images and their snapshots
@@ -184,6 +211,16 @@ def describe_images(query):
     status, headers, body = stock["DescribeImages"](query)
     pattern = r"(<imageId>([^<]*)</imageId>(?:(?!<imageId>).)*?)<imageState>available</imageState>"
     return status, headers, re.sub(pattern, with_state, as_text(body), flags=re.S).encode()
+
+
+def modify_image_attribute(query):
+    """MiniStack knows launch permissions only; this, the description too."""
+    image = ec2._images.get(ec2._p(query, "ImageId"))
+    description = ec2._p(query, "Description.Value")
+    if image is None or not description:
+        return stock["ModifyImageAttribute"](query)
+    image["Description"] = description
+    return ec2._xml(200, "ModifyImageAttributeResponse", "<return>true</return>")
 
 
 def image_bdm_xml(view):
