@@ -162,7 +162,8 @@ impl Amis {
         let doing = || format!("deregistering AMI {ami_id} ({ami_name}) with its snapshots");
         let removed = self.ec2.deregister_image().image_id(ami_id).delete_associated_snapshots(true).send().await;
         let removed = match removed.map_err(|error| Failure::aws(doing(), error)) {
-            Err(failure) if failure.is(&["InvalidAMIID.NotFound", "InvalidAMIID.Unavailable"]) => return Ok(()),
+            // One that is gone has no tag by which the function might touch it.
+            Err(_) if !self.exists(ami).await? => return Ok(()),
             removed => removed?,
         };
         for snapshot in removed.delete_snapshot_results() {

@@ -7,6 +7,7 @@
 """
 
 import re
+from datetime import UTC, datetime
 from urllib.parse import parse_qs
 
 from ministack import app
@@ -143,4 +144,6 @@ def register_image(name, tags):
         raise ValueError(f"registering the image {name}: {body!r}")
     ec2._tags[found[1]] = [{"Key": key, "Value": value} for key, value in tags.items()]
     instances.take_snapshot(found[1], 15, ec2._tags[found[1]])
+    # Two builds within a second have an order too.
+    ec2._images[found[1]]["CreationDate"] = datetime.now(UTC).isoformat(timespec="milliseconds")[:23] + "Z"
     return found[1]

@@ -50,6 +50,8 @@ def resource_arn(service, method, path, headers, body, query, region, account):
         return arn(f"schedule/{group}/{path.split('/')[2]}")
     if service == "codebuild" and (build := member("id") or (member("ids") or [None])[0]):
         return arn(f"project/{build.removeprefix(arn('build/')).split(':')[0]}")
+    if service == "codebuild" and (project := (member("names") or [None])[0]):
+        return arn(f"project/{project}")
     if service == "sagemaker":
         # SageMaker's ARNs are in lower case, whatever the case of the name.
         if name := member("NotebookInstanceName"):
