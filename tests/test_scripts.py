@@ -1113,6 +1113,10 @@ def test_a_build_without_an_ami_does_not_succeed(build):
     ("Build 'amazon-ebs.hail' errored after 3 minutes 2 seconds: Timeout waiting for SSH.", "packer build failed: Timeout waiting for SSH."),
     ("Error: no plugin installed for github.com/hashicorp/amazon 1.5.0", "packer build failed: no plugin installed for github.com/hashicorp/amazon 1.5.0."),
     ("cannot allocate memory", "packer build failed: what it said is above."),
+    ("==> amazon-ebs.hail: Error modify AMI attributes: not authorized\nBuild 'amazon-ebs.hail' errored after 9 minutes: Error "
+     "deregistering existing AMI", "packer build failed: Error modify AMI attributes: not authorized."),
+    ("==> amazon-ebs.hail: Error waiting for instance (i-1) to become ready: ResourceNotReady: failed waiting.",
+     "packer build failed: Error waiting for instance (i-1) to become ready: ResourceNotReady: failed waiting; an instance that ends at once often cannot use the KMS key, or its subnet has no room."),
     ("    amazon-ebs.hail: hail.sh: hail-ami error: Hail does not compute.\n"
      "Build 'amazon-ebs.hail' errored after 3 minutes: Script exited with non-zero exit status: 1.", "Hail does not compute."),
 ])

@@ -9,6 +9,12 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 packer "$@" 2>&1 | tee "$log" && exit
 grep -q 'hail-ami error: ' "$log" && exit 1
-reason=$(sed -n "s/^Build '[^']*' errored after [^:]*: //p; s/^Error: //p" "$log" | head -n 1)
+# What a step of the build said comes first: the line that ends the build may be about the cleaning up.
+reason=$(sed -n 's/^==> [^:]*: \(Error .*\|Timeout .*\)/\1/p' "$log" | head -n 1)
+[ -n "$reason" ] || reason=$(sed -n "s/^Build '[^']*' errored after [^:]*: //p; s/^Error: //p" "$log" | head -n 1)
+case $reason in
+  # EC2 has taken the launch and ended the instance: what it says of that does not reach Packer.
+  *ResourceNotReady*) reason="${reason%.}; an instance that ends at once often cannot use the KMS key, or its subnet has no room" ;;
+esac
 reason=${reason:-what it said is above}
 fail "packer $1 failed: ${reason%.}."

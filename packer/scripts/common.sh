@@ -8,6 +8,9 @@ set -euo pipefail
 # /tmp is memory on Amazon Linux 2023, and what is built here is larger.
 export TMPDIR="${TMPDIR:-/var/tmp}"
 
+# samtools and bgzip are there, and sudo leaves it out.
+export PATH="/usr/local/bin:$PATH"
+
 # A folder that a script makes for what it only needs itself.
 work=
 said=
