@@ -803,10 +803,11 @@ def test_packer_runs_every_provisioning_script_and_is_the_version_that_is_pinned
     assert f'required_version = ">= {VERSIONS["PACKER_VERSION"]}"' in (PACKER / "plugins.pkr.hcl").read_text()
 
 
-def test_the_shell_scripts_of_the_build_are_formatted():
+def test_the_shell_scripts_are_formatted():
     if not shutil.which("shfmt"):
         pytest.skip("shfmt is not installed")
-    done = subprocess.run(["shfmt", "-i", "2", "-ci", "-d", str(PACKER)], capture_output=True, text=True)
+    folders = [str(REPOSITORY / name) for name in ("packer", "functions", "jupyter", "tests", ".ci")]
+    done = subprocess.run(["shfmt", "-i", "2", "-ci", "-d", *folders], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
