@@ -458,24 +458,43 @@ def test_a_build_leaves_its_image_and_nothing_else(account, first):
 # ---- a second one, on the disk of the first, of Hail from its source and without a key --------------------------
 
 
-# GitHub is not asked; this repository's `make wheel` is not a compilation but the wheel of PyPI, as the commit's.
+# GitHub is not asked. In this repository `make wheel` is no compilation: it makes PyPI's wheel into one of the commit,
+# under a version that pip does not take for the one that is there. Hail compares the commits of its wheel and its jar.
 MAKEFILE = """wheel:
 \tmkdir -p build/deploy/dist
 \tpython3 -m pip download -q --no-deps -d build hail==0.2.139
 \tpython3 rename.py build/hail-*.whl build/deploy/dist
 """
-RENAME = """import pathlib, subprocess, sys, zipfile
+RENAME = r"""import io, pathlib, re, subprocess, sys, zipfile
 
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, check=True).stdout.strip()
 source, target = map(pathlib.Path, sys.argv[1:])
-with zipfile.ZipFile(source) as old, zipfile.ZipFile(target / source.name.replace("0.2.139", "0.2.999"), "w") as new:
+old = zipfile.ZipFile(source)
+before = re.search(rb'__revision__ = .([0-9a-f]{40})', old.read("hail/version.py"))[1]
+
+
+def of_commit(data):
+    data = data.replace(before, commit).replace(before[:12], commit[:12])
+    return data.replace(b"0.2.139", b"0.2.999")
+
+
+def jar_of_commit(data):
+    file, name = io.BytesIO(data), "is/hail/package$.class"
+    with zipfile.ZipFile(file, "a") as jar:
+        changed = of_commit(jar.read(name))
+        jar.filelist.remove(jar.NameToInfo.pop(name))
+        jar.writestr(name, changed)
+    return file.getvalue()
+
+
+with zipfile.ZipFile(target / source.name.replace("0.2.139", "0.2.999"), "w") as new:
     for name in old.namelist():
         data = old.read(name)
-        if ".dist-info/" in name:
-            data = data.replace(b"0.2.139", b"0.2.999")
-        if name == "hail/hail_version":
-            data = b"0.2.999-" + commit[:12].encode()
-        new.writestr(name.replace("hail-0.2.139.dist-info", "hail-0.2.999.dist-info"), data)
+        if ".dist-info/" in name or name == "hail/version.py":
+            data = of_commit(data)
+        if name.endswith("/hail-all-spark.jar"):
+            data = jar_of_commit(data)
+        new.writestr(name.replace("0.2.139", "0.2.999"), data)
 """
 
 
