@@ -243,13 +243,17 @@ impl Provider for RemoveBuckets {
     }
 
     async fn delete(&self, _: &Resource, old: Properties) -> Result<(), Failure> {
-        for bucket in &old.buckets {
+        let given = stream::iter(&old.buckets).map(|bucket| async move {
             match self.let_expire(bucket).await {
-                Err(failure) if failure.is(&[BUCKET_IS_GONE]) => {}
-                given => given?,
+                Err(failure) if failure.is(&[BUCKET_IS_GONE]) => Ok(()),
+                Err(failure) if failure.transient => {
+                    warn!(why = failure.reason, bucket, "the next resource of the chain tries it again");
+                    Ok(())
+                }
+                given => given,
             }
-        }
-        Ok(())
+        });
+        given.buffer_unordered(CONCURRENCY).try_collect().await
     }
 
     fn rest_of_delete(&self, resource: &Resource, old: &Properties) -> Option<Awaited> {
@@ -279,7 +283,7 @@ impl Provider for RemoveBuckets {
             };
             Ok((!gone).then(|| bucket.clone()))
         });
-        let left: Vec<_> = work.buffered(awaited.buckets.len().max(1)).collect().await;
+        let left: Vec<_> = work.buffered(CONCURRENCY).collect().await;
         let removed = awaited.removed + stretch.removed.get();
         let left: Vec<String> = left.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect();
         info!(removed, still_there = left.join(", "), "object versions were removed");
