@@ -89,9 +89,9 @@ def install():
         _runs_on_worker_thread=lambda resource: resource in WAITING or stock_worker_thread(resource),
         _roll_back_operation=roll_back,
         _delete_resource=delete_resource,
-        _delete_stack_async=delete_stack,
         _evaluate_conditions=evaluate_conditions,
     )
+    replace(handlers, _delete_stack_async=delete_stack)
     for module in (changesets, handlers):
         replace(
             module,
