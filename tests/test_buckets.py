@@ -10,7 +10,7 @@ import pytest
 from botocore.exceptions import ClientError
 from conftest import eventually
 from local_aws import ACCOUNT
-from test_functions import time_is_over, waiting
+from test_functions import s3_out_of_reach, time_is_over, waiting
 
 BUCKETS = ("HailBucket", "LogBucket", "NotebookBucket")
 CHAIN = ("BucketRemoval4", "BucketRemoval3", "BucketRemoval2", "BucketRemoval")
@@ -53,16 +53,6 @@ def logged(stacks, group):
     """The lines of a log group; those of a group that went with its stack are not to be had."""
     pages = stacks.client("logs").get_paginator("filter_log_events").paginate(logGroupName=group)
     return [event["message"] for page in pages for event in page["events"]]
-
-
-def s3_out_of_reach(stacks, out=True):
-    """S3 answers remove-buckets no more, or does again."""
-    name = stacks.resource("hail-s3", "RemoveBucketsFunction")
-    function = stacks.client("lambda")
-    variables = function.get_function_configuration(FunctionName=name)["Environment"]["Variables"]
-    nowhere = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1"}
-    variables = variables | nowhere if out else {key: variables[key] for key in variables.keys() - nowhere.keys()}
-    function.update_function_configuration(FunctionName=name, Environment={"Variables": variables})
 
 
 # Removed

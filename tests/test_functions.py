@@ -24,6 +24,7 @@ STACK_ID = f"arn:aws:cloudformation:{REGION}:{ACCOUNT}:stack/by-hand/00000000-00
 NOTHING_MADE = "hail-emr:nothing-was-made"
 FUNCTIONS = {
     "seed-buckets": ("hail-s3", "SeedBucketsFunction"),
+    "remove-buckets": ("hail-s3", "RemoveBucketsFunction"),
     "refresh-notebook": ("hail-jupyter", "RefreshNotebookFunction"),
     "build-ami": ("hail-ami", "BuildAmiFunction"),
     "add-plot-steps": ("hail-emr", "AddPlotStepsFunction"),
@@ -31,6 +32,7 @@ FUNCTIONS = {
 ROLES = {name: (stack, function.replace("Function", "Role")) for name, (stack, function) in FUNCTIONS.items()}
 TYPES = {
     "seed-buckets": "Custom::BucketSeed",
+    "remove-buckets": "Custom::BucketRemoval",
     "refresh-notebook": "Custom::NotebookRefresh",
     "build-ami": "Custom::HailAmi",
     "add-plot-steps": "Custom::LivyPlotSteps",
@@ -170,6 +172,15 @@ def denied(stacks, function, *actions):
         yield
     finally:
         iam.delete_role_policy(RoleName=role, PolicyName="Denied")
+
+
+def s3_out_of_reach(stacks, out=True):
+    """S3 answers remove-buckets no more, or does again."""
+    name, function = stacks.resource(*FUNCTIONS["remove-buckets"]), stacks.client("lambda")
+    variables = function.get_function_configuration(FunctionName=name)["Environment"]["Variables"]
+    nowhere = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1"}
+    variables = variables | nowhere if out else {key: variables[key] for key in variables.keys() - nowhere.keys()}
+    function.update_function_configuration(FunctionName=name, Environment={"Variables": variables})
 
 
 def waiting(stacks):
@@ -695,8 +706,8 @@ def test_a_notebook_under_another_name_is_not_restarted_at_once(cloudformation, 
 @pytest.fixture
 def seeds(system, outputs):
     """Properties of the stack's own seeds, and who they are."""
-    bucket = outputs["hail-s3"]
-    properties = {"HailBucket": bucket["HailBucket"], "NotebookBucket": bucket["NotebookBucket"], "AssetsDigest": "1"}
+    buckets = {name: outputs["hail-s3"][name] for name in ("HailBucket", "LogBucket", "NotebookBucket")}
+    properties = {**buckets, "AssetsDigest": "1"}
     stack = system.client("cloudformation").describe_stacks(StackName="hail-s3")["Stacks"][0]["StackId"]
     physical_id = system.resource("hail-s3", "Seeds")
     return properties, {"StackId": stack, "LogicalResourceId": "Seeds", "PhysicalResourceId": physical_id}
@@ -741,7 +752,7 @@ def test_two_deliveries_at_once_both_know_what_was_put_and_the_delete_takes_all_
         allowed = {"Effect": "Allow", "Action": "s3:*", "Resource": "arn:aws:s3:::*-twice-*"}
         policy = {"Version": "2012-10-17", "Statement": [allowed]}
         system.client("iam").put_role_policy(RoleName=role, PolicyName="Twice", PolicyDocument=json.dumps(policy))
-        properties = {"HailBucket": names[0], "NotebookBucket": names[1], "AssetsDigest": "1"}
+        properties = {"HailBucket": names[0], "LogBucket": names[0], "NotebookBucket": names[1], "AssetsDigest": "1"}
         asked = cloudformation.ask("seed-buckets", "Create", properties, deliver=0)
         with ThreadPoolExecutor() as two:
             for done in [two.submit(cloudformation.run, "seed-buckets", asked.event) for _ in range(2)]:
@@ -812,13 +823,115 @@ def test_a_stack_is_deleted_whose_bucket_is_gone(elsewhere, gone):
     assert elsewhere.objects(outputs[other]) == {}
 
 
+# remove-buckets
+
+
+@pytest.fixture
+def removable(system):
+    """Makes buckets that remove-buckets may remove; the stack's own it may not."""
+    role, s3 = system.resource(*ROLES["remove-buckets"]), system.client("s3")
+    allowed = {"Effect": "Allow", "Action": "s3:*", "Resource": "arn:aws:s3:::removable-*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [allowed]})
+    system.client("iam").put_role_policy(RoleName=role, PolicyName="Removable", PolicyDocument=policy)
+
+    def make(*keys, **options):
+        name = f"removable-{next(numbers)}"
+        s3.create_bucket(Bucket=name, **options)
+        for key in keys:
+            s3.put_object(Bucket=name, Key=key, Body=b"")
+        return name
+
+    yield make
+    s3_out_of_reach(system, out=False)
+    system.client("iam").delete_role_policy(RoleName=role, PolicyName="Removable")
+
+
+def is_there(system, bucket):
+    return bucket in {found["Name"] for found in system.client("s3").list_buckets()["Buckets"]}
+
+
+def test_creating_and_updating_a_removal_removes_nothing(cloudformation, system, removable):
+    bucket = removable("a")
+    asked = cloudformation.ask("remove-buckets", "Create", {"Buckets": [bucket]})
+    asked.succeeds()
+    update = cloudformation.again(asked, "remove-buckets", "Update", {"Buckets": []})
+    update.succeeds()
+    assert update.answer()["PhysicalResourceId"] == asked.answer()["PhysicalResourceId"]
+    assert system.objects(bucket).keys() == {"a"}
+
+
+def test_a_removal_that_names_no_bucket_asks_nothing_of_aws(cloudformation, system):
+    with denied(system, "remove-buckets", "s3:*", "scheduler:*"):
+        for properties in ({"Buckets": []}, {}):
+            cloudformation.ask("remove-buckets", "Delete", properties, PhysicalResourceId="x").succeeds()
+
+
+def test_two_deliveries_at_once_both_say_that_the_buckets_are_gone(cloudformation, system, removable):
+    for _ in range(4):
+        buckets = [removable("a", "b/c"), removable(), "removable-but-gone"]
+        more = {"PhysicalResourceId": "x"}
+        asked = cloudformation.ask("remove-buckets", "Delete", {"Buckets": buckets}, deliver=0, **more)
+        with ThreadPoolExecutor() as two:
+            for done in [two.submit(cloudformation.run, "remove-buckets", asked.event) for _ in range(2)]:
+                assert done.result() == (None, None)
+        eventually(lambda: asked.answers)  # noqa: B023, asked here and now
+        assert {answer["Status"] for answer in asked.answers} == {"SUCCESS"}
+        assert not any(is_there(system, bucket) for bucket in buckets)
+        cloudformation.asked.pop(next(path for path, one in cloudformation.asked.items() if one is asked))
+        system.aws.control("tick")
+        eventually(lambda: not waiting(system))
+
+
+def test_ticks_at_once_carry_a_removal_on_and_give_one_answer(cloudformation, system, removable):
+    bucket = removable(*(f"part-{number}" for number in range(300)))
+    s3_out_of_reach(system)
+    properties = {"Buckets": [bucket]}
+    asked = cloudformation.ask("remove-buckets", "Delete", properties, deliver=2, PhysicalResourceId="x")
+    eventually(lambda: waiting(system))
+    s3_out_of_reach(system, out=False)
+    ticks(system, until=lambda: asked.answers)
+    asked.succeeds()
+    assert not is_there(system, bucket)
+
+
+def test_a_removal_whose_hour_is_over_leaves_the_rest_to_the_next_and_the_last_says_what_to_do(
+    cloudformation, system, removable
+):
+    bucket = removable("a")
+    s3_out_of_reach(system)
+    for last in (False, True):
+        properties = {"Buckets": [bucket], **({"LastWait": "true"} if last else {})}
+        asked = cloudformation.ask("remove-buckets", "Delete", properties, PhysicalResourceId="x")
+        eventually(lambda: waiting(system))
+        time_is_over(system)
+        if last:
+            assert f"bucket {bucket} is not empty after all the time that the stack waits" in asked.fails()
+        else:
+            asked.succeeds()
+        assert is_there(system, bucket)
+
+
+def test_a_version_that_may_not_be_removed_is_named_and_the_bucket_stays(cloudformation, system, removable):
+    bucket, s3 = removable("free", ObjectLockEnabledForBucket=True), system.client("s3")
+    s3.put_object(Bucket=bucket, Key="held", Body=b"", ObjectLockLegalHoldStatus="ON")
+    asked = cloudformation.ask("remove-buckets", "Delete", {"Buckets": [bucket]}, PhysicalResourceId="x")
+    reason = asked.fails()
+    assert f"removing s3://{bucket}/held failed: AccessDenied: " in reason
+    assert "Take away what forbids it and delete the stack again" in reason
+    assert system.objects(bucket).keys() == {"held"}
+    s3.put_object_legal_hold(Bucket=bucket, Key="held", LegalHold={"Status": "OFF"})
+    cloudformation.again(asked, "remove-buckets", "Delete").succeeds()
+    assert not is_there(system, bucket)
+
+
 # All of them
 
 
 @pytest.fixture
 def request_for(ami, plots, notebook, seeds):
     """Properties of a resource of each function."""
-    return {"build-ami": ami, "add-plot-steps": plots, "refresh-notebook": notebook, "seed-buckets": seeds[0]}
+    hail_s3 = {"seed-buckets": seeds[0], "remove-buckets": {"Buckets": [], "LastWait": "true"}}
+    return {"build-ami": ami, "add-plot-steps": plots, "refresh-notebook": notebook, **hail_s3}
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -840,7 +953,7 @@ def test_a_request_of_a_kind_that_there_is_not_fails(cloudformation, request_for
     assert 'the request type should be Create, Update or Delete and is "Read"' in reason
 
 
-@pytest.mark.parametrize("function", ["build-ami", "add-plot-steps", "refresh-notebook"])
+@pytest.mark.parametrize("function", ["build-ami", "add-plot-steps", "refresh-notebook", "remove-buckets"])
 def test_a_tick_for_which_nobody_waits_does_nothing(cloudformation, function):
     assert cloudformation.run(function, {"Deferred": {"Key": "nobody"}}) == (None, None)
 
@@ -848,7 +961,7 @@ def test_a_tick_for_which_nobody_waits_does_nothing(cloudformation, function):
 @pytest.mark.parametrize(
     "function, action, doing",
     [
-        ("seed-buckets", "s3:ListBucket", "listing s3://"),
+        ("seed-buckets", "s3:ListBucket", "looking for bucket hail-s3-hailbucket"),
         ("seed-buckets", "s3:GetObject", "reading the manifest s3://"),
         ("build-ami", "codebuild:StartBuild", "starting a build of project hail-ami-BuildProject"),
         ("build-ami", "codebuild:ListBuildsForProject", "looking at the builds of project hail-ami-BuildProject"),
