@@ -32,7 +32,8 @@ lint: ## Formatting, and the compiler's and clippy's warnings
 fmt: ## Format the Rust code
 	cargo fmt
 
-digest: ## Write the digests of what is seeded and of the start script into the templates, after changing any of it
+digest: ## Write what is derived from other files (digests, the table of versions), after changing any of them
+	$(PYTHON) tests/compatibility_table.py --write
 	$(PYTHON) tests/assets_digest.py --write
 
 # What the templates' FunctionArchitecture says: arm64, which costs a fifth less, or x86_64. cargo-lambda brings the

@@ -119,10 +119,23 @@ pub trait Provider {
         Err(Failure::new("this function takes no events"))
     }
 
+    /// Does what a rule of EventBridge asks for in `{"Request": ...}`; the same request may come many times.
+    async fn requested(&self, _request: &Value) -> Result<Requested, Failure> {
+        Err(Failure::new("this function takes no requests of rules"))
+    }
+
     /// Does what else an event is good for, after the request has been looked at.
     async fn noticed(&self, _event: Value) -> Result<(), Failure> {
         Ok(())
     }
+}
+
+/// What came of a rule's request.
+pub enum Requested {
+    /// It has been met.
+    Done,
+    /// It cannot be met now: it is asked again every minute.
+    Later,
 }
 
 /// What a Create or an Update answers.
@@ -309,6 +322,8 @@ impl<P: Provider> Function<P> {
             Box::pin(self.answer_request(payload, &invocation)).await
         } else if let Some(key) = payload.pointer("/Deferred/Key").and_then(Value::as_str) {
             Box::pin(self.advance(key, &invocation)).await
+        } else if payload.get("Request").is_some() {
+            Box::pin(self.meet(payload, &invocation)).await
         } else if payload.get("detail-type").is_some() {
             let key = self.provider.key_in(&payload)?;
             // Whoever waits hears of a failure first, and of one in what comes after all the same.
@@ -317,9 +332,28 @@ impl<P: Provider> Function<P> {
             advanced
         } else {
             Err(Undone(
-                "the payload is neither a CloudFormation request, an EventBridge event nor a schedule's tick".into(),
+                "the payload is neither a CloudFormation request, an EventBridge event, a rule's request nor a schedule's tick".into(),
             ))
         }
+    }
+
+    /// Meets a rule's request, now or as soon as it can be.
+    async fn meet(&self, payload: Value, invocation: &Invocation) -> Result<(), Undone> {
+        let room = self.waiting_room()?;
+        let key = format!("request-{}", &hex_digest([payload["Request"].to_string().as_str()])[..32]);
+        let requested = guarded(self.provider.requested(&payload["Request"]), invocation.time_for_work()).await;
+        match requested {
+            Ok(Requested::Done) => {
+                room.forget(&key).await?;
+            }
+            Ok(Requested::Later) => room.remind(&key, &payload, &invocation.function_arn).await?,
+            Err(failure) if failure.transient => {
+                room.remind(&key, &payload, &invocation.function_arn).await?;
+                warn!(why = failure.reason, key, "the request is asked again in a minute");
+            }
+            Err(failure) => return Err(failure.into()),
+        }
+        Ok(())
     }
 
     async fn answer_request(&self, payload: Value, invocation: &Invocation) -> Result<(), Undone> {

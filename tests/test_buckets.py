@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
-from conftest import eventually
+from by_hand import FUNCTIONS, ROLES, denied, eventually, numbers, ticks, time_is_over, waiting
 from local_aws import ACCOUNT
-from test_functions import s3_out_of_reach, time_is_over, waiting
 
 BUCKETS = ("HailBucket", "LogBucket", "NotebookBucket")
 CHAIN = ("BucketRemoval4", "BucketRemoval3", "BucketRemoval2", "BucketRemoval")
@@ -53,6 +52,15 @@ def logged(stacks, group):
     """The lines of a log group; those of a group that went with its stack are not to be had."""
     pages = stacks.client("logs").get_paginator("filter_log_events").paginate(logGroupName=group)
     return [event["message"] for page in pages for event in page["events"]]
+
+
+def s3_out_of_reach(stacks, out=True):
+    """S3 answers remove-buckets no more, or does again."""
+    name, function = stacks.resource(*FUNCTIONS["remove-buckets"]), stacks.client("lambda")
+    variables = function.get_function_configuration(FunctionName=name)["Environment"]["Variables"]
+    nowhere = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "1"}
+    variables = variables | nowhere if out else {key: variables[key] for key in variables.keys() - nowhere.keys()}
+    function.update_function_configuration(FunctionName=name, Environment={"Variables": variables})
 
 
 # Removed
@@ -345,3 +353,104 @@ def test_old_versions_and_logs_expire_after_the_days_that_were_asked_for(elsewhe
         assert rules[name]["DeleteOldVersions"]["NoncurrentVersionExpiration"] == {"NoncurrentDays": 7}
         assert "DeleteLogs" not in rules[name]
     assert rules["LogBucket"]["DeleteLogs"]["Expiration"] == {"Days": 14}
+
+
+# Asked directly
+
+
+@pytest.fixture
+def removable(system):
+    """Makes buckets that remove-buckets may remove; the stack's own it may not."""
+    role, s3 = system.resource(*ROLES["remove-buckets"]), system.client("s3")
+    allowed = {"Effect": "Allow", "Action": "s3:*", "Resource": "arn:aws:s3:::removable-*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [allowed]})
+    system.client("iam").put_role_policy(RoleName=role, PolicyName="Removable", PolicyDocument=policy)
+
+    def make(*keys, **options):
+        name = f"removable-{next(numbers)}"
+        s3.create_bucket(Bucket=name, **options)
+        for key in keys:
+            s3.put_object(Bucket=name, Key=key, Body=b"")
+        return name
+
+    yield make
+    s3_out_of_reach(system, out=False)
+    system.client("iam").delete_role_policy(RoleName=role, PolicyName="Removable")
+
+
+def is_there(system, bucket):
+    return bucket in {found["Name"] for found in system.client("s3").list_buckets()["Buckets"]}
+
+
+def test_creating_and_updating_a_removal_removes_nothing(cloudformation, system, removable):
+    bucket = removable("a")
+    asked = cloudformation.ask("remove-buckets", "Create", {"Buckets": [bucket]})
+    asked.succeeds()
+    update = cloudformation.again(asked, "remove-buckets", "Update", {"Buckets": []})
+    update.succeeds()
+    assert update.answer()["PhysicalResourceId"] == asked.answer()["PhysicalResourceId"]
+    assert system.objects(bucket).keys() == {"a"}
+
+
+def test_a_removal_that_names_no_bucket_asks_nothing_of_aws(cloudformation, system):
+    with denied(system, "remove-buckets", "s3:*", "scheduler:*"):
+        for properties in ({"Buckets": []}, {}):
+            cloudformation.ask("remove-buckets", "Delete", properties, PhysicalResourceId="x").succeeds()
+
+
+def test_two_deliveries_at_once_both_say_that_the_buckets_are_gone(cloudformation, system, removable):
+    for _ in range(4):
+        buckets = [removable("a", "b/c"), removable(), "removable-but-gone"]
+        more = {"PhysicalResourceId": "x"}
+        asked = cloudformation.ask("remove-buckets", "Delete", {"Buckets": buckets}, deliver=0, **more)
+        with ThreadPoolExecutor() as two:
+            for done in [two.submit(cloudformation.run, "remove-buckets", asked.event) for _ in range(2)]:
+                assert done.result() == (None, None)
+        eventually(lambda: asked.answers)  # noqa: B023, asked here and now
+        assert {answer["Status"] for answer in asked.answers} == {"SUCCESS"}
+        assert not any(is_there(system, bucket) for bucket in buckets)
+        cloudformation.asked.pop(next(path for path, one in cloudformation.asked.items() if one is asked))
+        system.aws.control("tick")
+        eventually(lambda: not waiting(system))
+
+
+def test_ticks_at_once_carry_a_removal_on_and_give_one_answer(cloudformation, system, removable):
+    bucket = removable(*(f"part-{number}" for number in range(300)))
+    s3_out_of_reach(system)
+    properties = {"Buckets": [bucket]}
+    asked = cloudformation.ask("remove-buckets", "Delete", properties, deliver=2, PhysicalResourceId="x")
+    eventually(lambda: waiting(system))
+    s3_out_of_reach(system, out=False)
+    ticks(system, until=lambda: asked.answers)
+    asked.succeeds()
+    assert not is_there(system, bucket)
+
+
+def test_a_removal_whose_hour_is_over_leaves_the_rest_to_the_next_and_the_last_says_what_to_do(
+    cloudformation, system, removable
+):
+    bucket = removable("a")
+    s3_out_of_reach(system)
+    for last in (False, True):
+        properties = {"Buckets": [bucket], **({"LastWait": "true"} if last else {})}
+        asked = cloudformation.ask("remove-buckets", "Delete", properties, PhysicalResourceId="x")
+        eventually(lambda: waiting(system))
+        time_is_over(system)
+        if last:
+            assert f"bucket {bucket} is not empty after all the time that the stack waits" in asked.fails()
+        else:
+            asked.succeeds()
+        assert is_there(system, bucket)
+
+
+def test_a_version_that_may_not_be_removed_is_named_and_the_bucket_stays(cloudformation, system, removable):
+    bucket, s3 = removable("free", ObjectLockEnabledForBucket=True), system.client("s3")
+    s3.put_object(Bucket=bucket, Key="held", Body=b"", ObjectLockLegalHoldStatus="ON")
+    asked = cloudformation.ask("remove-buckets", "Delete", {"Buckets": [bucket]}, PhysicalResourceId="x")
+    reason = asked.fails()
+    assert f"removing s3://{bucket}/held failed: AccessDenied: " in reason
+    assert "Take away what forbids it and delete the stack again" in reason
+    assert system.objects(bucket).keys() == {"held"}
+    s3.put_object_legal_hold(Bucket=bucket, Key="held", LegalHold={"Status": "OFF"})
+    cloudformation.again(asked, "remove-buckets", "Delete").succeeds()
+    assert not is_there(system, bucket)

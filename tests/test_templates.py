@@ -19,6 +19,7 @@ KEY = "arn:aws:kms:us-east-1:123456789012:key"
 # What is allowed on every resource, and why: the same reason stands beside the line in the template.
 ON_EVERY_RESOURCE = {
     "ec2:Describe*": "EC2 takes no resource for what only describes",
+    "cloudformation:DescribeStacks": "CloudFormation has no resource for a list of stacks",
     "elasticmapreduce:ListClusters": "EMR has no resource for a list of clusters",
     "ssm:UpdateInstanceInformation": "the channels of Session Manager are no resources",
     "ssmmessages:*Channel": "the channels of Session Manager are no resources",
@@ -34,11 +35,13 @@ ACTIONS = {
     "s3:PutBucketLifecycleConfiguration": "s3:PutLifecycleConfiguration",
 }
 SERVICES = {"codebuild": "codebuild", "ec2": "ec2", "emr": "elasticmapreduce", "logs": "logs", "s3": "s3"}
-SERVICES |= {"sagemaker": "sagemaker", "scheduler": "scheduler", "ssm": "ssm"}
+SERVICES |= {"cloudformation": "cloudformation", "sagemaker": "sagemaker", "scheduler": "scheduler", "sns": "sns"}
+SERVICES |= {"ssm": "ssm"}
 
 # What AWS asks of a function besides its own calls; the templates say why.
 BESIDES = {
-    "build-ami": {"ec2:DescribeImages"},
+    # A snapshot is deleted with its AMI.
+    "build-ami": {"ec2:DeleteSnapshot", "ec2:DescribeImages"},
     "refresh-notebook": {
         "ec2:AttachNetworkInterface",
         "ec2:CreateNetworkInterface",
@@ -217,7 +220,7 @@ def test_cfn_lint_looks_at_everything_but_the_local_code():
 def written_parameters():
     """Names of SSM parameters that templates and functions write, as patterns."""
     names = [resolved(r["Properties"]["Name"]) for _, _, r in everywhere("AWS::SSM::Parameter")]
-    for source in (ROOT / "functions").glob("*.rs"):
+    for source in (ROOT / "functions").rglob("*.rs"):
         code = re.sub(r"//.*|#\[cfg\(test\)\][\s\S]*", "", source.read_text())
         if ".put_parameter()" in code:
             names += re.findall(r'"(/hail/[^"]+)"', code)
@@ -240,7 +243,9 @@ def test_every_parameter_that_is_read_is_written():
 
 def test_a_function_may_write_the_parameters_that_it_writes():
     arns = [arn for action, arns in granted("hail-ami", "BuildAmiRole") if action == "ssm:PutParameter" for arn in arns]
-    for literal in re.findall(r'"(/hail/[^"]+)"', read("functions/build_ami.rs")):
+    literals = re.findall(r'"(/hail/[^"]+)"', source_of("build-ami"))
+    assert len(literals) >= 2
+    for literal in literals:
         assert any(arn.endswith(":parameter/hail/ami/*") and literal.startswith("/hail/ami/") for arn in arns), literal
 
 
@@ -272,7 +277,7 @@ def test_packer_names_what_it_makes_as_its_policy_asks():
 
 def test_the_build_gets_the_variables_that_it_asks_for():
     project = resources("hail-ami")["BuildProject"]["Properties"]["Environment"]["EnvironmentVariables"]
-    given = {variable["Name"] for variable in project}
+    given = {value for mapping in walk(project) for key, value in mapping.items() if key == "Name"}
     buildspec = yaml.safe_load(read("packer/buildspec.yml"))["env"]
     asked = re.search(r"for name in ([A-Z_ ]+); do", read("packer/codebuild/variables.sh"))[1].split()
     assert {"HAIL_VERSION", "VEP_VERSION", "SUBNET_ID"} <= set(asked)
@@ -280,8 +285,8 @@ def test_the_build_gets_the_variables_that_it_asks_for():
     assert given <= set(asked) | buildspec["variables"].keys() | {"HAIL_BUCKET", "OPEN_DATA_BUCKET"}
     assert {"AMI_ID", "AMI_NAME"} <= set(buildspec["exported-variables"])
     # What build-ami overrides.
-    overridden = set(re.findall(r'"([A-Z]+_[A-Z_]+)"', read("functions/build_ami.rs"))) - {"AMI_ID"}
-    assert "HAIL_VERSION" in overridden and overridden <= given | buildspec["variables"].keys() | {"IN_PROGRESS"}
+    overridden = set(re.findall(r'\("([A-Z]+_[A-Z_]+)", ', read("functions/build_ami.rs")))
+    assert {"HAIL_VERSION", "KMS_KEY_ID", "REBUILD_TOKEN"} <= overridden <= given
 
 
 def test_the_cluster_finds_hail_where_the_image_has_it():
@@ -312,18 +317,23 @@ def test_every_function_has_a_binary_and_every_binary_a_function():
 
 def calls(binary):
     """The IAM actions of the SDK calls in a function's source."""
-    names = [binary.replace("-", "_")]
+    code = source_of(binary)
     function = next(f for _, _, f in everywhere("AWS::Lambda::Function") if binary_of(f) == binary)
     if "Environment" in function["Properties"]:
-        names.append("deferred")
+        code += read("functions/deferred.rs")
     found = set()
-    for name in names:
-        code = re.sub(r"//.*", "", read(f"functions/{name}.rs"))
-        for client, method in re.findall(r"\bself\s*\.(\w+)\s*\.(\w+)\(\)", code):
-            if client in SERVICES:
-                action = f"{SERVICES[client]}:{''.join(word.title() for word in method.split('_'))}"
-                found.add(ACTIONS.get(action, action))
+    for client, method in re.findall(r"\bself\s*\.(\w+)\s*\.(\w+)\(\)", re.sub(r"//.*", "", code)):
+        if client in SERVICES:
+            action = f"{SERVICES[client]}:{''.join(word.title() for word in method.split('_'))}"
+            found.add(ACTIONS.get(action, action))
     return found
+
+
+def source_of(binary):
+    """A function's own modules."""
+    name = binary.replace("-", "_")
+    own = [ROOT / f"functions/{name}.rs", *sorted((ROOT / "functions" / name).glob("*.rs"))]
+    return "".join(path.read_text() for path in own)
 
 
 @pytest.mark.parametrize(("stack", "name", "function"), everywhere("AWS::Lambda::Function"))
@@ -359,12 +369,14 @@ def test_every_log_group_is_used_and_goes_with_its_stack():
 
 
 def test_functions_are_told_what_they_read():
-    read_names = set(re.findall(r'env::var\("([A-Z_]+)"\)', read("functions/deferred.rs")))
+    variable = re.compile(r'env::var\("([A-Z_]+)"\)')
+    read_names = set(variable.findall(read("functions/deferred.rs")))
     assert read_names == {"SCHEDULE_GROUP", "SCHEDULE_ROLE_ARN"}
     for stack, name, function in everywhere("AWS::Lambda::Function"):
         defers = binary_of(function) != "seed-buckets"
         given = function["Properties"].get("Environment", {"Variables": {}})["Variables"]
-        assert set(given) == (read_names if defers else set()), name
+        own = set(variable.findall(source_of(binary_of(function)))) - {"LAMBDA_TASK_ROOT"}
+        assert set(given) == own | (read_names if defers else set()), name
         if defers:
             group, role = given["SCHEDULE_GROUP"]["Ref"], given["SCHEDULE_ROLE_ARN"]["Fn::GetAtt"][0]
             assert resources(stack)[group]["Type"] == "AWS::Scheduler::ScheduleGroup"
@@ -445,7 +457,7 @@ def test_buckets_are_removed_only_where_a_person_asked_for_it():
 
 def test_an_event_reaches_its_function():
     rules = everywhere("AWS::Events::Rule")
-    assert len(rules) == 3
+    assert len(rules) == 5
     for stack, name, rule in rules:
         target = rule["Properties"]["Targets"][0]["Arn"]["Fn::GetAtt"]
         permissions = [
@@ -455,6 +467,8 @@ def test_an_event_reaches_its_function():
         ]
         assert [p["FunctionName"] for p in permissions] == [{"Ref": target[0]}]
         assert permissions[0]["Principal"] == "events.amazonaws.com"
+        if "ScheduleExpression" in rule["Properties"]:
+            continue
         pattern = rule["Properties"]["EventPattern"]
         assert {"source", "detail-type", "detail"} == pattern.keys()
         assert any(True for _ in references(pattern["detail"])), f"{name} hears of other stacks' things too"
@@ -536,7 +550,9 @@ def test_the_digest_changes_with_names_contents_and_modes(tmp_path):
 
 def test_a_cluster_has_a_release_that_an_ami_can_be_built_for():
     releases = json.loads((ROOT / "packer" / "compatibility.json").read_text())["emr_releases"]
-    assert TEMPLATES["hail-emr"]["Parameters"]["EmrReleaseLabel"]["AllowedValues"] == list(releases)
+    label = TEMPLATES["hail-emr"]["Parameters"]["EmrReleaseLabel"]
+    assert [release for release in releases if not accepted(label, release)] == []
+    assert label["Default"] == TEMPLATES["hail-ami"]["Parameters"]["EmrReleaseLabel"]["Default"]
 
 
 def test_the_digest_of_the_start_script_is_that_of_the_script():
@@ -749,9 +765,14 @@ def accepted(parameter, value):
         ("hail-jupyter", "InstanceType", ["ml.t3.medium"], ["t3.medium", "ml.t3"]),
         ("hail-jupyter", "VolumeSizeGiB", [5, 16384], [4, 16385]),
         ("hail-jupyter", "SecurityGroupId", ["", "sg-0123456789abcdef0"], ["sg", "default"]),
-        ("hail-ami", "HailVersion", ["0.2.139"], ["", "0.2", "latest", "v0.2.139", "0.2.139-x"]),
+        ("hail-ami", "HailVersion", ["0.2.139", "main", "feature/x_y-1.2", "a" * 40], ["", "-x", "a b", "x;y", "a" * 101]),
         ("hail-ami", "VepVersion", ["none", "99", "115"], ["", "v115", "latest", "None", "1.5", "0"]),
         ("hail-ami", "EmrReleaseLabel", ["emr-7.13.0"], ["7.13.0", "emr-7.13", ""]),
+        ("hail-ami", "AmisToKeep", [0, 2, 1000], [-1, 1001]),
+        ("hail-ami", "FailureEmail", ["", "ada@example.org"], ["ada", "a b@c", "@"]),
+        ("hail-ami", "RebuildSchedule", ["", "rate(30 days)", "cron(0 3 1 * ? *)"], ["monthly", "rate()", "at(2030)"]),
+        ("hail-ami", "KmsKeyArn", ["", "arn:aws:kms:eu-west-1:123456789012:key/1-a"], ["alias/hail", "1234-abcd"]),
+        ("hail-emr", "EmrReleaseLabel", ["emr-7.13.0", "emr-7.0.1"], ["emr-6.15.0", "7.13.0", "emr-spark-8.1.0"]),
         ("hail-ami", "AmiName", ["hail", "hail-0.2"], ["", "hail ami", "-hail", "hail/1", "h" * 65]),
         ("hail-emr", "CoreInstanceCount", [1, 1000], [0, 1001]),
         ("hail-emr", "CoreVolumeSizeGiB", [10, 16384], [9, 16385]),
@@ -836,6 +857,11 @@ def test_buckets_that_were_there_before_are_not_removed():
 def test_a_subnet_has_to_be_in_the_vpc(stack):
     assert refused(stack, VpcId="v", SubnetId="s of w") == ["SubnetInVpc"]
     assert refused(stack, VpcId="v", SubnetId="s of v") == []
+
+
+def test_an_update_that_fails_has_an_ami_to_go_back_to():
+    assert refused("hail-ami", AmisToKeep="1") == ["WayBack"]
+    assert refused("hail-ami", AmisToKeep="0") == refused("hail-ami", AmisToKeep="2") == []
 
 
 def test_three_stacks_are_in_a_network():

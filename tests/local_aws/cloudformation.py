@@ -8,6 +8,7 @@
   asynchronously (an error is retried twice), and the answer is checked. A Create that failed is followed by a Delete
   of the physical id that it answered. Every request and its answers are written down (POST /_hail/answers).
 - The pre-signed URL refuses what S3 would: a Content-Type, and a body in chunks without a length.
+- DescribeStacks tells a parameter of the Parameter Store from what stands there.
 - Parameters of AWS::EC2 types, also through the Parameter Store, must name something that exists.
 - A property that is not applied here is refused (PROPERTIES), and so is a function in Conditions that is not known.
 """
@@ -18,6 +19,7 @@ import secrets
 import threading
 import time
 from urllib.parse import parse_qs, quote
+from xml.etree import ElementTree
 
 from ministack import app
 from ministack.core.responses import get_region, new_uuid, now_iso
@@ -32,7 +34,7 @@ from ministack.services.cloudformation import (
     stacks,
 )
 
-from . import codebuild, emr, sagemaker
+from . import codebuild, emr, sagemaker, sns
 from .ec2 import TYPES as SECURITY_GROUP_TYPES
 from .ec2 import image_exists
 from .seams import replace
@@ -65,6 +67,7 @@ PROPERTIES = {
     "AWS::Scheduler::ScheduleGroup": "Name Tags",
     **SECURITY_GROUP_TYPES,
     **sagemaker.TYPES,
+    **sns.TYPES,
 }
 # These wait, or let their function make requests, and so may not run in the server's event loop.
 WAITING = {"AWS::EMR::Cluster", sagemaker.NOTEBOOK}
@@ -110,6 +113,8 @@ async def handle_request(method, path, headers, body, query):
         said = f"Stack:{stack['StackId']} is in {stack['StackStatus']} state and can not be updated."
         return helpers._error("ValidationError", said)
     answer = await stock_handle(method, path, headers, body, query)
+    if answer[0] == 200 and action == "DescribeStacks":
+        answer = (*answer[:2], with_resolved_values(answer[2]))
     if answer[0] == 200 and action in OPERATIONS:
         stack = stack_of(asked)
         until = time.monotonic() + SETTLE
@@ -117,6 +122,23 @@ async def handle_request(method, path, headers, body, query):
         while stack and stack["StackStatus"].endswith("_IN_PROGRESS") and time.monotonic() < until:
             await asyncio.sleep(0.02)
     return answer
+
+
+def with_resolved_values(body):
+    """MiniStack shows what stood in the Parameter Store as the value of a parameter; AWS shows the name and that."""
+    root = ElementTree.fromstring(body)
+    ElementTree.register_namespace("", root.tag[1:].partition("}")[0])
+    name = "{%s}" % root.tag[1:].partition("}")[0]
+    for stack in root.iter(f"{name}Stacks"):
+        for member in stack:
+            resolved = cloudformation._stacks[member.find(f"{name}StackName").text].get("_resolved_params", {})
+            for parameter in member.iter(f"{name}member"):
+                key = parameter.find(f"{name}ParameterKey")
+                if key is not None and (named := (resolved.get(key.text) or {}).get("SsmName")):
+                    value = parameter.find(f"{name}ParameterValue")
+                    ElementTree.SubElement(parameter, f"{name}ResolvedValue").text = value.text
+                    value.text = named
+    return ElementTree.tostring(root)
 
 
 def stack_of(asked):

@@ -1,7 +1,8 @@
 """What MiniStack's IAM lacks.
 
 - The ARN that a policy must name, where MiniStack takes another or none: schedules (its group is always "default"),
-  builds, notebook instances, log streams. Without it, the policies of the functions could not be tried.
+  builds, images, notebook instances, log streams. Without it, the policies of the functions could not be tried.
+- The tags of images, which a policy may ask for.
 - `trusts` and `allows`: what a role may be used for by a service that acts for it.
 - iam:PassRole, which the services check for the roles that they are handed.
 - AWS::IAM::InstanceProfile: Ref is its name, not its ARN; a role that does not exist is an error, not skipped.
@@ -12,7 +13,7 @@ import json
 from ministack.core import iam_actions, iam_evaluator
 from ministack.core.responses import get_account_id, get_region
 from ministack.core.router import extract_access_key_id
-from ministack.services import iam
+from ministack.services import ec2, iam, tagging
 from ministack.services.cloudformation import provisioners
 
 from .seams import replace
@@ -23,6 +24,7 @@ stock_resource_arn = iam_actions.extract_resource_arn
 def install():
     iam_actions.SERVICE_TO_IAM_NAMESPACE["sagemaker"] = "sagemaker"
     replace(iam_actions, extract_resource_arn=resource_arn)
+    tagging._RESOURCE_TAG_COLLECTORS["ec2"] = tags_of_images
     replace(
         provisioners._RESOURCE_HANDLERS["AWS::IAM::InstanceProfile"],
         create=profile_create,
@@ -48,6 +50,8 @@ def resource_arn(service, method, path, headers, body, query, region, account):
         return arn(f"schedule/{group}/{path.split('/')[2]}")
     if service == "codebuild" and (build := member("id") or (member("ids") or [None])[0]):
         return arn(f"project/{build.removeprefix(arn('build/')).split(':')[0]}")
+    if service == "codebuild" and (project := (member("names") or [None])[0]):
+        return arn(f"project/{project}")
     if service == "sagemaker":
         # SageMaker's ARNs are in lower case, whatever the case of the name.
         if name := member("NotebookInstanceName"):
@@ -59,7 +63,13 @@ def resource_arn(service, method, path, headers, body, query, region, account):
         if stream and not headers.get("x-amz-target", "").endswith("CreateLogStream"):
             return arn(f"log-group:{group}:log-stream:{stream}")
         return arn(f"log-group:{group}:*")
-    return stock_resource_arn(service, method, path, headers, body, query, region, account)
+    stock = stock_resource_arn(service, method, path, headers, body, query, region, account)
+    # Images belong to a region and to no account.
+    return stock.replace(f":{account}:image/", "::image/") if service == "ec2" else stock
+
+
+def tags_of_images():
+    return [(f"arn:aws:ec2:{get_region()}::image/{image}", ec2._tags.get(image, [])) for image in ec2._images]
 
 
 def context(principal, action, resource, **keys):
