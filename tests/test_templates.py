@@ -497,6 +497,21 @@ def test_a_person_controls_their_own_folder_and_reads_the_shared_ones():
     assert not {action for action, _ in granted("hail-jupyter", role) if action.startswith("s3:") and "*" in action}
 
 
+@pytest.mark.parametrize("stack", ["hail-s3", "hail-jupyter", "hail-emr"])
+def test_whoever_reaches_what_is_in_a_bucket_may_use_the_key_that_encrypts_it(stack):
+    roles = {
+        name: {action for action in ("s3:GetObject", "s3:PutObject") if set(object_patterns(stack, name, action))}
+        for name in resources(stack, "AWS::IAM::Role")
+    }
+    assert any(roles.values())
+    needed = {"s3:GetObject": "kms:Decrypt", "s3:PutObject": "kms:GenerateDataKey"}
+    for name, actions in roles.items():
+        conditional = [mapping["Fn::If"] for mapping in walk(resources(stack)[name]) if "Fn::If" in mapping]
+        keys = [then for condition, then, otherwise in conditional if "KmsKey" in condition]
+        may = {action for statement in keys for action in listed(statement["Action"])}
+        assert may == {needed[action] for action in actions}, name
+
+
 def test_nobody_has_the_name_of_a_shared_folder():
     for folder in SHARED_FOLDERS:
         assert refused("hail-jupyter", NotebookInstanceName=folder) == ["NameIsNotAFolder"]
