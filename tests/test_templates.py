@@ -497,7 +497,7 @@ def test_a_person_controls_their_own_folder_and_reads_the_shared_ones():
     assert not {action for action, _ in granted("hail-jupyter", role) if action.startswith("s3:") and "*" in action}
 
 
-@pytest.mark.parametrize("stack", ["hail-s3", "hail-jupyter", "hail-emr"])
+@pytest.mark.parametrize("stack", STACKS)
 def test_whoever_reaches_what_is_in_a_bucket_may_use_the_key_that_encrypts_it(stack):
     roles = {
         name: {action for action in ("s3:GetObject", "s3:PutObject") if set(object_patterns(stack, name, action))}
