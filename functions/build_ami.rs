@@ -228,7 +228,8 @@ impl BuildAmi {
             .send()
             .await
             .map_err(|error| Failure::aws(doing(), error))?;
-        let ids = listed.ids.unwrap_or_default();
+        let mut ids = listed.ids.unwrap_or_default();
+        ids.truncate(100);
         if ids.is_empty() {
             return Ok(Vec::new());
         }
@@ -565,11 +566,12 @@ fn build_id_in(event: &Value) -> Result<String, Failure> {
 
 /// The last lines, as many as leave room for the rest of a reason. What went wrong stands at the very end.
 fn end_of(lines: &[String]) -> String {
+    const LINES: usize = 15;
     const BYTES: usize = 2000;
     const LINE: usize = 300;
     let mut kept: Vec<String> = Vec::new();
     let mut bytes = 0;
-    for line in lines.iter().rev() {
+    for line in lines.iter().rev().take(LINES) {
         let line: String = line.trim_end().chars().take(LINE).collect();
         bytes += line.len();
         if bytes > BYTES {

@@ -146,6 +146,8 @@ class Laboratory(Stacks):
             ("rules", "events", "list_rules", "Rules", "Name"),
             ("schedule groups", "scheduler", "list_schedule_groups", "ScheduleGroups", "Name"),
             ("schedules", "scheduler", "list_schedules", "Schedules", "Name"),
+            ("subscriptions", "sns", "list_subscriptions", "Subscriptions", "Endpoint"),
+            ("topics", "sns", "list_topics", "Topics", "TopicArn"),
             ("security groups", "ec2", "describe_security_groups", "SecurityGroups", "GroupId"),
         ):
             found = getattr(self.client(service), operation)()[member]
@@ -156,7 +158,8 @@ class Laboratory(Stacks):
         """The builds of a project, or of all, the newest first."""
         codebuild = self.client("codebuild")
         listed = codebuild.list_builds_for_project(projectName=project) if project else codebuild.list_builds()
-        return codebuild.batch_get_builds(ids=listed["ids"])["builds"] if listed["ids"] else []
+        batches = [listed["ids"][first : first + 100] for first in range(0, len(listed["ids"]), 100)]
+        return [build for ids in batches for build in codebuild.batch_get_builds(ids=ids)["builds"]]
 
     def log_lines(self):
         """(log group, line) of all that was logged since the last time."""

@@ -1,5 +1,6 @@
 """The buckets of hail-s3 as the people see them whose work is in them: made or taken, encrypted, kept, removed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -42,10 +43,19 @@ def names(stacks):
     return {bucket["Name"] for bucket in stacks.client("s3").list_buckets()["Buckets"]}
 
 
+def remove(stacks):
+    """Deletes the stack, however long that takes."""
+    stacks.remove("hail-s3")
+    cloudformation = stacks.client("cloudformation")
+    going = ["DELETE_IN_PROGRESS"]
+    eventually(lambda: not cloudformation.list_stacks(StackStatusFilter=going)["StackSummaries"], 60)
+
+
 def answers(stacks, kind="Delete"):
     """What the resources of the chain answered, in order."""
     asked = [one for one in stacks.aws.control("answers") if one["RequestType"] == kind]
-    return [(a["LogicalResourceId"], a["Last"]["Status"]) for a in asked if a["LogicalResourceId"] in CHAIN]
+    told = [(a["LogicalResourceId"], a["Last"]["Status"]) for a in asked if a["Last"]]
+    return [answer for answer in told if answer[0] in CHAIN]
 
 
 def logged(stacks, group):
@@ -76,7 +86,7 @@ def test_buckets_that_go_with_their_stack_are_emptied_of_every_version_and_remov
     fill(s3, buckets[1], ["elasticmapreduce/j-1/steps/stderr.gz"])
     fill(s3, buckets[2], ["ada/own.ipynb", "ada/a&b <c> é.ipynb"], times=2)
     assert versions(s3, buckets[0]) > 7400
-    elsewhere.remove("hail-s3")
+    remove(elsewhere)
     assert elsewhere.there() == before
     assert answers(elsewhere) == [(name, "SUCCESS") for name in CHAIN]
 
@@ -87,7 +97,7 @@ def test_buckets_of_a_stack_that_could_not_be_created_go_with_it_too_if_they_are
     elsewhere.client("ssm").put_parameter(Name="/hail/s3/assets", Value="taken", Type="String")
     assert elsewhere.create("hail-s3", RemoveBuckets="true") == "ROLLBACK_COMPLETE"
     elsewhere.client("ssm").delete_parameter(Name="/hail/s3/assets")
-    elsewhere.remove("hail-s3")
+    remove(elsewhere)
     assert elsewhere.there() == before
 
 
@@ -99,7 +109,7 @@ def test_a_removal_goes_on_at_the_next_tick_when_s3_did_not_answer(elsewhere):
     fill(s3, buckets[0], [f"{number}" for number in range(50)])
     s3_out_of_reach(elsewhere)
     with ThreadPoolExecutor() as beside:
-        deletion = beside.submit(elsewhere.remove, "hail-s3")
+        deletion = beside.submit(remove, elsewhere)
         eventually(lambda: "BucketRemoval4" in waiting(elsewhere).values(), 25)
         eventually(lambda: any("the next tick goes on" in line for line in logged(elsewhere, group)))
         assert set(buckets) <= names(elsewhere)
@@ -116,34 +126,27 @@ def test_a_removal_whose_function_is_killed_is_done_all_the_same(elsewhere):
     elsewhere.create("hail-s3", RemoveBuckets="true")
     bucket = elsewhere.outputs("hail-s3")["HailBucket"]
     fill(s3, bucket, ["00000 the first of all"])
-    mark_deleted(s3, bucket, thousands=30)
-    full = versions(s3, bucket)
+    mark_deleted(s3, bucket, thousands=12)
     with ThreadPoolExecutor() as beside:
-        deletion = beside.submit(elsewhere.remove, "hail-s3")
+        deletion = beside.submit(remove, elsewhere)
+        running = eventually(lambda: list(processes(elsewhere)))
         eventually(lambda: "00000 the first of all" not in elsewhere.objects(bucket), 25)
-        kill(elsewhere)
-        left = versions(s3, bucket)
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+        assert answers(elsewhere) == [], "it was killed too late to see anything"
         deletion.result()
-    assert 0 < left < full, "it was killed too late to see anything"
     assert bucket not in names(elsewhere)
     assert answers(elsewhere) == [(name, "SUCCESS") for name in CHAIN]
 
 
-def kill(stacks):
-    """Kills the processes of remove-buckets of this local AWS, as the machine's end would."""
-    found = []
+def processes(stacks):
+    """Those of remove-buckets in this local AWS."""
+    name = stacks.resource("hail-s3", "RemoveBucketsFunction")
+    wanted = {f"AWS_LAMBDA_FUNCTION_NAME={name}".encode(), f"AWS_ENDPOINT_URL={stacks.aws.endpoint}".encode()}
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = dict(part.split(b"=", 1) for part in (process / "environ").read_bytes().split(b"\0") if part)
-            name = variables.get(b"AWS_LAMBDA_FUNCTION_NAME", b"").decode()
-            endpoint = variables.get(b"AWS_ENDPOINT_URL", b"").decode()
-        except OSError:
-            continue
-        if endpoint == stacks.aws.endpoint and name == stacks.resource("hail-s3", "RemoveBucketsFunction"):
-            found.append(int(process.name))
-    for pid in found:
-        os.kill(pid, signal.SIGKILL)
-    assert found
+        with contextlib.suppress(OSError):
+            if wanted <= set((process / "environ").read_bytes().split(b"\0")):
+                yield int(process.name)
 
 
 def test_each_of_the_chain_has_its_hour_and_the_last_says_what_to_do(elsewhere):
@@ -153,7 +156,7 @@ def test_each_of_the_chain_has_its_hour_and_the_last_says_what_to_do(elsewhere):
     fill(s3, buckets[0], ["data.vcf"])
     s3_out_of_reach(elsewhere)
     with ThreadPoolExecutor() as beside:
-        deletion = beside.submit(elsewhere.remove, "hail-s3")
+        deletion = beside.submit(remove, elsewhere)
         for name in CHAIN:
             eventually(lambda: name in waiting(elsewhere).values(), 40)  # noqa: B023, asked here and now
             time_is_over(elsewhere)
@@ -165,7 +168,7 @@ def test_each_of_the_chain_has_its_hour_and_the_last_says_what_to_do(elsewhere):
     assert answers(elsewhere) == [*[(name, "SUCCESS") for name in CHAIN[:3]], (CHAIN[3], "FAILED")]
     assert set(buckets) <= names(elsewhere)
     s3_out_of_reach(elsewhere, out=False)
-    elsewhere.remove("hail-s3")
+    remove(elsewhere)
     assert not names(elsewhere) & set(buckets) and elsewhere.there()["functions"] == []
 
 
@@ -176,7 +179,7 @@ def test_a_bucket_that_is_not_removed_in_time_expires_by_itself(elsewhere):
     deny = {"Effect": "Deny", "Action": "s3:DeleteObjectVersion", "Resource": f"arn:aws:s3:::{bucket}/*"}
     policy = json.dumps({"Version": "2012-10-17", "Statement": [deny]})
     elsewhere.client("iam").put_role_policy(RoleName=role, PolicyName="Denied", PolicyDocument=policy)
-    elsewhere.remove("hail-s3")
+    remove(elsewhere)
     assert elsewhere.status("hail-s3") == "DELETE_FAILED"
     (reason,) = elsewhere.reasons("hail-s3")[:1]
     assert f"object versions of bucket {bucket} failed: AccessDenied" in reason
@@ -184,7 +187,7 @@ def test_a_bucket_that_is_not_removed_in_time_expires_by_itself(elsewhere):
     assert [rule["Expiration"] for rule in rules] == [{"Days": 1}, {"ExpiredObjectDeleteMarker": True}]
     assert rules[0]["NoncurrentVersionExpiration"] == {"NoncurrentDays": 1}
     elsewhere.client("iam").delete_role_policy(RoleName=role, PolicyName="Denied")
-    elsewhere.remove("hail-s3")
+    remove(elsewhere)
     assert bucket not in names(elsewhere) and elsewhere.there()["functions"] == []
 
 
@@ -199,13 +202,13 @@ def test_what_is_decided_last_holds_when_the_stack_is_deleted(elsewhere):
     assert elsewhere.update("hail-s3", RemoveBuckets="false") == "UPDATE_COMPLETE"
     assert elsewhere.content(elsewhere.outputs("hail-s3")["HailBucket"], "data.vcf") == b"mine"
     hail = elsewhere.outputs("hail-s3")["HailBucket"]
-    elsewhere.remove("hail-s3")
+    remove(elsewhere)
     assert first <= names(elsewhere) and elsewhere.content(hail, "data.vcf") == b"mine"
 
     elsewhere.create("hail-s3")
     second = {elsewhere.outputs("hail-s3")[name] for name in BUCKETS}
     assert elsewhere.update("hail-s3", RemoveBuckets="true") == "UPDATE_COMPLETE"
-    elsewhere.remove("hail-s3")
+    remove(elsewhere)
     assert not names(elsewhere) & (second - first) and elsewhere.content(hail, "data.vcf") == b"mine"
 
 
@@ -214,7 +217,7 @@ def test_a_bucket_that_is_exchanged_stays_though_the_others_go_with_the_stack(el
     fill(elsewhere.client("s3"), "first-bucket-for-hail", ["data.vcf"])
     assert elsewhere.update("hail-s3", HailBucketName="second-bucket-for-hail") == "UPDATE_COMPLETE"
     assert elsewhere.content("first-bucket-for-hail", "data.vcf") == b"mine"
-    elsewhere.remove("hail-s3")
+    remove(elsewhere)
     assert "second-bucket-for-hail" not in names(elsewhere)
     assert elsewhere.content("first-bucket-for-hail", "data.vcf") == b"mine"
 
@@ -227,7 +230,7 @@ def test_a_bucket_that_a_person_takes_over_from_the_stack_stays(elsewhere):
     taken = {"CreateHailBucket": "false", "HailBucketName": hail}
     assert elsewhere.update("hail-s3", **taken) == "UPDATE_COMPLETE"
     assert elsewhere.outputs("hail-s3") == outputs | {"Seeding": elsewhere.outputs("hail-s3")["Seeding"]}
-    elsewhere.remove("hail-s3")
+    remove(elsewhere)
     assert names(elsewhere) & set(outputs.values()) == {hail}
     assert elsewhere.objects(hail).keys() == {"data.vcf"}
 
@@ -279,7 +282,7 @@ def test_buckets_that_were_there_before_are_seeded_and_otherwise_left_as_they_ar
     assert elsewhere.objects("lab-logs") == held["lab-logs"]
     assert {bucket: all_about(s3, bucket) for bucket in theirs.values()} == before
 
-    elsewhere.remove("hail-s3")
+    remove(elsewhere)
     assert {bucket: elsewhere.objects(bucket) for bucket in theirs.values()} == held
     assert {bucket: all_about(s3, bucket) for bucket in theirs.values()} == before
 
@@ -293,7 +296,7 @@ def test_only_what_the_stack_made_goes_with_it(elsewhere):
     role = elsewhere.resource("hail-s3", "RemoveBucketsRole")
     policy = elsewhere.client("iam").get_role_policy(RoleName=role, PolicyName="RemoveBuckets")
     assert "lab-data" not in json.dumps(policy["PolicyDocument"])
-    elsewhere.remove("hail-s3")
+    remove(elsewhere)
     assert not names(elsewhere) & made and elsewhere.objects("lab-data").keys() == {"own"}
 
 
@@ -337,7 +340,7 @@ def test_a_bucket_that_is_encrypted_by_a_key_is_seeded_when_the_stack_knows_the_
     taken = {"CreateHailBucket": "false", "HailBucketName": "lab-data"}
     assert elsewhere.create("hail-s3", **taken) == "ROLLBACK_COMPLETE"
     assert "kms:GenerateDataKey" in elsewhere.reasons("hail-s3")[0]
-    elsewhere.remove("hail-s3")
+    remove(elsewhere)
     assert elsewhere.create("hail-s3", **taken, KmsKeyArn=key) == "CREATE_COMPLETE"
 
 

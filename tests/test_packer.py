@@ -73,14 +73,26 @@ def for_packer_1_6(template):
     return template.replace(start, start + ours)
 
 
+# What the machine needs of the kernel, in a folder where its copies will be.
+TRY = "mkdir lower upper work root && mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work root"
+
+
 @pytest.fixture(scope="session")
-def base():
+def base(tmp_path_factory):
     """The Debian of the machine; made once and kept beside the Python of the tests."""
     if os.getuid() != 0:
         pytest.fail("the tests of Packer mount file systems and make namespaces; run them as root")
     for program, package in (("packer", "packer"), ("debootstrap", "debootstrap"), ("ssh-keygen", "openssh-client")):
         if not shutil.which(program):
             pytest.fail(f"{program} is missing; apt-get install {package}")
+    tried = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "--pid", "--uts", "--fork", "sh", "-c", TRY],
+        cwd=tmp_path_factory.mktemp("overlay"),
+        capture_output=True,
+        text=True,
+    )
+    if tried.returncode:
+        pytest.fail(f"the tests of Packer need mount, pid and uts namespaces and overlay mounts: {tried.stderr}")
     digest = hashlib.sha256(b"".join((TARGET / name).read_bytes() for name in ("make-base", "packages"))).hexdigest()
     folder = Path(sys.prefix).parent / f"packer-target-{digest[:10]}"
     with open(folder.with_suffix(".lock"), "w") as lock:
@@ -257,13 +269,20 @@ def run_build(account, lowest, change=None, machine=None, timeout="5m", **overri
     script = "".join(f"{{ {one}\n}} || exit 1\n" for one in commands)
     for name in spec["env"]["exported-variables"]:
         script += f'printf "%s=%s\\n" {name} "${name}" >>"{folder}/exported"\n'
-    environment = account.aws.environment | spec["env"]["variables"] | account.variables | account.of_build | overrides | {
-        "CODEBUILD_BUILD_ID": f"{account.project['name']}:{build}",
-        "PATH": f"{stand_ins(folder / 'bin')}:{account.aws.environment['PATH']}",
-        "HOME": str(folder),
-        "TMPDIR": str(folder),
-        "CHECKPOINT_DISABLE": "1",
-    }
+    environment = (
+        account.aws.environment
+        | spec["env"]["variables"]
+        | account.variables
+        | account.of_build
+        | overrides
+        | {
+            "CODEBUILD_BUILD_ID": f"{account.project['name']}:{build}",
+            "PATH": f"{stand_ins(folder / 'bin')}:{account.aws.environment['PATH']}",
+            "HOME": str(folder),
+            "TMPDIR": str(folder),
+            "CHECKPOINT_DISABLE": "1",
+        }
+    )
     (folder / "log").touch()
     with open(folder / "log", "r+") as log:
         done = subprocess.run(

@@ -3,8 +3,8 @@
 A build is simulated: no command of its buildspec runs. It is IN_PROGRESS for as long as the control API says and then
 ends as the control API says (simulation.DEFAULTS), or when it is told to (`finish`). One that succeeds registers an
 image in EC2, as the Packer build of this project does: named after the variable AMI_NAME and the build, and tagged,
-with its snapshot, with the build, its project and the build's variables (HAIL_VERSION becomes the tag hail-version);
-AMI_ID and AMI_NAME are exported, if the buildspec exports them.
+with its snapshot, with the build, its project and what was asked for (HAIL_VERSION becomes the tag hail-version); the
+tags that only a real build knows are missing. AMI_ID and AMI_NAME are exported, if the buildspec exports them.
 
 Checked as AWS would: the service role may read the source from S3 and write the log; the zip is there, with the
 buildspec in it, which is YAML. What fails there fails the build in the phase in which AWS would find it.
@@ -46,6 +46,8 @@ PROPERTIES = (
     "Artifacts Cache ConcurrentBuildLimit Description EncryptionKey Environment LogsConfig Name "
     "QueuedTimeoutInMinutes ServiceRole Source Tags TimeoutInMinutes VpcConfig"
 )
+# The variables that become tags of the image.
+TAGGED = ("HAIL_VERSION", "VEP_VERSION", "EMR_RELEASE_LABEL", "ARCHITECTURE", "R_KERNEL")
 PHASES = (
     "SUBMITTED QUEUED PROVISIONING DOWNLOAD_SOURCE INSTALL PRE_BUILD BUILD POST_BUILD UPLOAD_ARTIFACTS FINALIZING"
 ).split()
@@ -266,7 +268,7 @@ def succeed(build):
         return
     variables = {v["name"]: v["value"] for v in build["environment"]["environmentVariables"]}
     name = f"{variables.get('AMI_NAME', build['projectName'])}-{build['id'][-8:]}"
-    tags = {name.lower().replace("_", "-"): value for name, value in variables.items()}
+    tags = {name.lower().replace("_", "-"): variables[name] for name in TAGGED if name in variables}
     tags |= {"build-id": build["id"], "build-project": build["projectName"]}
     log(build, f"==> Builds finished. The artifacts of successful builds are: {name}")
     try:

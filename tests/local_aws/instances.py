@@ -36,7 +36,8 @@ simulation.reset()
 RUN_INSTANCES = (
     "Action Version ImageId InstanceType MinCount MaxCount KeyName SubnetId UserData SecurityGroupId ClientToken "
     "IamInstanceProfile NetworkInterface.1 BlockDeviceMapping.1 TagSpecification EbsOptimized Monitoring "
-    "DisableApiTermination InstanceInitiatedShutdownBehavior MetadataOptions Placement PrivateIpAddress CreditSpecification"
+    "DisableApiTermination InstanceInitiatedShutdownBehavior MetadataOptions Placement PrivateIpAddress "
+    "CreditSpecification"
 ).split()
 KEY_IS_UNUSABLE = "Client.InternalError: Client error on launch: the KMS key {} does not exist or is not enabled"
 
@@ -142,9 +143,7 @@ def delete_snapshot(query):
     wanted = ec2._p(query, "SnapshotId")
     for image_id in ec2._images:
         if wanted in snapshots_of(image_id):
-            return ec2._error(
-                "InvalidSnapshot.InUse", f"The snapshot {wanted} is currently in use by {image_id}", 400
-            )
+            return ec2._error("InvalidSnapshot.InUse", f"The snapshot {wanted} is currently in use by {image_id}", 400)
     return stock["DeleteSnapshot"](query)
 
 
@@ -275,9 +274,7 @@ def run_instances(query):
         return ec2._error("InvalidKeyPair.NotFound", message, 400)
     # The network interface, where the request has one, has the subnet and the security groups.
     interface = "NetworkInterface.1."
-    query = query | {
-        name.removeprefix(interface): value for name, value in query.items() if name.startswith(interface)
-    }
+    query = query | {name.removeprefix(interface): value for name, value in query.items() if name.startswith(interface)}
     public = ec2._p(query, "AssociatePublicIpAddress")
     if ec2._p(query, "SubnetId") not in ec2._subnets:
         message = f"The subnet ID '{ec2._p(query, 'SubnetId')}' does not exist"
