@@ -1,6 +1,6 @@
 # What a person types. `make` alone lists it.
 
-FUNCTIONS := seed-buckets build-ami add-plot-steps refresh-notebook
+FUNCTIONS := seed-buckets remove-buckets build-ami add-plot-steps refresh-notebook
 STACKS := hail-s3 hail-jupyter hail-ami hail-emr
 
 # Compiled code and Python packages are kept here: in the home folder's cache where that has a folder for them

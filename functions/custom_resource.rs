@@ -93,6 +93,11 @@ pub trait Provider {
     /// Takes away what it made and nothing else. Succeeds when that is already gone.
     async fn delete(&self, resource: &Resource, old: Self::Properties) -> Result<(), Failure>;
 
+    /// What of a Delete `delete` has only begun: `poll` carries it on, and the answer waits for that.
+    fn rest_of_delete(&self, _resource: &Resource, _old: &Self::Properties) -> Option<Self::Awaited> {
+        None
+    }
+
     /// A name for what is waited for, by which an event finds the request: letters, digits, `-`, `_` and `.`, at
     /// most 64. One request waits under a name; a newer one takes its place.
     fn key(&self, _awaited: &Self::Awaited) -> String {
@@ -396,7 +401,14 @@ impl<P: Provider> Function<P> {
         let answer = match request_type {
             // The answer names the id that it was given, which after a Create that timed out is one of
             // CloudFormation's own invention.
-            "Delete" => return self.provider.delete(&resource, new).await.map(|()| Done::Now(Value::Null)),
+            "Delete" => {
+                let rest = self.provider.rest_of_delete(&resource, &new);
+                self.provider.delete(&resource, new).await?;
+                match rest {
+                    None => return Ok(Done::Now(Value::Null)),
+                    Some(awaited) => Answer::Later(awaited),
+                }
+            }
             "Create" | "Update" => {
                 self.provider.check(&new).map_err(Failure::new)?;
                 physical_id.replace(derived);

@@ -16,6 +16,7 @@ STACK_ID = f"arn:aws:cloudformation:{REGION}:{ACCOUNT}:stack/by-hand/00000000-00
 NOTHING_MADE = "hail-emr:nothing-was-made"
 FUNCTIONS = {
     "seed-buckets": ("hail-s3", "SeedBucketsFunction"),
+    "remove-buckets": ("hail-s3", "RemoveBucketsFunction"),
     "refresh-notebook": ("hail-jupyter", "RefreshNotebookFunction"),
     "build-ami": ("hail-ami", "BuildAmiFunction"),
     "add-plot-steps": ("hail-emr", "AddPlotStepsFunction"),
@@ -23,6 +24,7 @@ FUNCTIONS = {
 ROLES = {name: (stack, function.replace("Function", "Role")) for name, (stack, function) in FUNCTIONS.items()}
 TYPES = {
     "seed-buckets": "Custom::BucketSeed",
+    "remove-buckets": "Custom::BucketRemoval",
     "refresh-notebook": "Custom::NotebookRefresh",
     "build-ami": "Custom::HailAmi",
     "add-plot-steps": "Custom::LivyPlotSteps",

@@ -225,8 +225,8 @@ def test_a_notebook_under_another_name_is_not_restarted_at_once(cloudformation, 
 @pytest.fixture
 def seeds(system, outputs):
     """Properties of the stack's own seeds, and who they are."""
-    bucket = outputs["hail-s3"]
-    properties = {"HailBucket": bucket["HailBucket"], "NotebookBucket": bucket["NotebookBucket"], "AssetsDigest": "1"}
+    buckets = {name: outputs["hail-s3"][name] for name in ("HailBucket", "LogBucket", "NotebookBucket")}
+    properties = {**buckets, "AssetsDigest": "1"}
     stack = system.client("cloudformation").describe_stacks(StackName="hail-s3")["Stacks"][0]["StackId"]
     physical_id = system.resource("hail-s3", "Seeds")
     return properties, {"StackId": stack, "LogicalResourceId": "Seeds", "PhysicalResourceId": physical_id}
@@ -271,7 +271,7 @@ def test_two_deliveries_at_once_both_know_what_was_put_and_the_delete_takes_all_
         allowed = {"Effect": "Allow", "Action": "s3:*", "Resource": "arn:aws:s3:::*-twice-*"}
         policy = {"Version": "2012-10-17", "Statement": [allowed]}
         system.client("iam").put_role_policy(RoleName=role, PolicyName="Twice", PolicyDocument=json.dumps(policy))
-        properties = {"HailBucket": names[0], "NotebookBucket": names[1], "AssetsDigest": "1"}
+        properties = {"HailBucket": names[0], "LogBucket": names[0], "NotebookBucket": names[1], "AssetsDigest": "1"}
         asked = cloudformation.ask("seed-buckets", "Create", properties, deliver=0)
         with ThreadPoolExecutor() as two:
             for done in [two.submit(cloudformation.run, "seed-buckets", asked.event) for _ in range(2)]:
@@ -348,7 +348,8 @@ def test_a_stack_is_deleted_whose_bucket_is_gone(elsewhere, gone):
 @pytest.fixture
 def request_for(ami, plots, notebook, seeds):
     """Properties of a resource of each function."""
-    return {"build-ami": ami, "add-plot-steps": plots, "refresh-notebook": notebook, "seed-buckets": seeds[0]}
+    hail_s3 = {"seed-buckets": seeds[0], "remove-buckets": {"Buckets": [], "LastWait": "true"}}
+    return {"build-ami": ami, "add-plot-steps": plots, "refresh-notebook": notebook, **hail_s3}
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -370,7 +371,7 @@ def test_a_request_of_a_kind_that_there_is_not_fails(cloudformation, request_for
     assert 'the request type should be Create, Update or Delete and is "Read"' in reason
 
 
-@pytest.mark.parametrize("function", ["build-ami", "add-plot-steps", "refresh-notebook"])
+@pytest.mark.parametrize("function", ["build-ami", "add-plot-steps", "refresh-notebook", "remove-buckets"])
 def test_a_tick_for_which_nobody_waits_does_nothing(cloudformation, function):
     assert cloudformation.run(function, {"Deferred": {"Key": "nobody"}}) == (None, None)
 
@@ -378,7 +379,7 @@ def test_a_tick_for_which_nobody_waits_does_nothing(cloudformation, function):
 @pytest.mark.parametrize(
     "function, action, doing",
     [
-        ("seed-buckets", "s3:ListBucket", "listing s3://"),
+        ("seed-buckets", "s3:ListBucket", "looking for bucket hail-s3-hailbucket"),
         ("seed-buckets", "s3:GetObject", "reading the manifest s3://"),
         ("build-ami", "codebuild:StartBuild", "starting a build of project hail-ami-BuildProject"),
         ("build-ami", "codebuild:ListBuildsForProject", "looking at the builds of project hail-ami-BuildProject"),

@@ -1001,6 +1001,43 @@ def test_a_bucket_that_holds_something_is_not_deleted(stack, client):
     assert "not empty" in stack.reasons()
 
 
+def test_what_a_resource_needs_that_cannot_be_deleted_stays_with_it(stack, client):
+    key = {"Type": "AWS::SSM::Parameter", "Properties": {"Name": "/needed", "Type": "String", "Value": "kept-bucket"}}
+    bucket = {"Type": "AWS::S3::Bucket", "Properties": {"BucketName": get("Name", "Value")}}
+    stack({"Name": key, "Bucket": bucket, "Other": {"Type": "AWS::Logs::LogGroup"}})
+    client("s3").put_object(Bucket="kept-bucket", Key="a", Body=b"")
+    cloudformation = client("cloudformation")
+    cloudformation.delete_stack(StackName=stack.named)
+    left = cloudformation.describe_stack_resources(StackName=stack.named)["StackResources"]
+    assert {one["LogicalResourceId"] for one in left} == {"Name", "Bucket"}
+    assert client("ssm").get_parameter(Name="/needed")["Parameter"]["Value"] == "kept-bucket"
+    client("s3").delete_object(Bucket="kept-bucket", Key="a")
+    cloudformation.delete_stack(StackName=stack.named)
+    with pytest.raises(ClientError, match="ParameterNotFound"):
+        client("ssm").get_parameter(Name="/needed")
+
+
+def test_a_function_needs_permission_for_the_key_of_a_bucket(stack, client, function):
+    key = client("kms").create_key()["KeyMetadata"]["Arn"]
+    client("s3").create_bucket(Bucket="with-key")
+    kms = {"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": key}}
+    may_read = statement("s3:GetObject", "arn:aws:s3:::functions/*")
+    for policies, outcome in (((may_read,), "CREATE_FAILED"), ((may_read, statement("kms:Decrypt", key)), None)):
+        resources = function(policies=policies)
+        client("s3").put_bucket_encryption(Bucket="functions", ServerSideEncryptionConfiguration={"Rules": [kms]})
+        custom = {"ServiceToken": get("Function", "Arn"), "Reads": "function.zip"}
+        resources["Custom"] = {"Type": "Custom::Thing", "Properties": custom}
+        stack(resources)
+        seen = [event["ResourceStatus"] for event in stack.events() if event["LogicalResourceId"] == "Custom"]
+        if outcome:
+            assert outcome in seen and "kms:Decrypt" in stack.reasons()
+            client("cloudformation").delete_stack(StackName=stack.named)
+            stack.there = False
+        else:
+            assert seen[0] == "CREATE_COMPLETE"
+    client("s3").delete_bucket_encryption(Bucket="functions")
+
+
 def test_a_policy_that_asks_for_tls_lets_requests_through(client):
     s3 = client("s3")
     s3.create_bucket(Bucket="tls-only")

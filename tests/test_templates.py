@@ -14,6 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 STACKS = ("hail-s3", "hail-jupyter", "hail-ami", "hail-emr")
+KEY = "arn:aws:kms:us-east-1:123456789012:key"
 
 # What is allowed on every resource, and why: the same reason stands beside the line in the template.
 ON_EVERY_RESOURCE = {
@@ -29,6 +30,9 @@ ACTIONS = {
     "s3:HeadObject": "s3:GetObject",
     "s3:ListObjectsV2": "s3:ListBucket",
     "s3:DeleteObjects": "s3:DeleteObject",
+    "s3:ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "s3:ListObjectVersions": "s3:ListBucketVersions",
+    "s3:PutBucketLifecycleConfiguration": "s3:PutLifecycleConfiguration",
 }
 SERVICES = {"codebuild": "codebuild", "ec2": "ec2", "emr": "elasticmapreduce", "logs": "logs", "s3": "s3"}
 SERVICES |= {"cloudformation": "cloudformation", "sagemaker": "sagemaker", "scheduler": "scheduler", "sns": "sns"}
@@ -49,6 +53,10 @@ BESIDES = {
         "ec2:DescribeVpcs",
         "ec2:ModifyNetworkInterfaceAttribute",
     },
+    # DeleteObjects of versions.
+    "remove-buckets": {"s3:DeleteObjectVersion"},
+    # What S3 does with the KMS key for whoever puts and gets.
+    "seed-buckets": {"kms:Decrypt", "kms:GenerateDataKey"},
 }
 
 
@@ -142,6 +150,8 @@ def resolved(value):
         return listed(value["Fn::Sub"])[0]
     if "Fn::GetAtt" in value:
         return "${%s}" % ".".join(value["Fn::GetAtt"])
+    if "Fn::If" in value:
+        return next(resolved(part) for part in value["Fn::If"][1:] if part != {"Ref": "AWS::NoValue"})
     return "${%s}" % value["Ref"]
 
 
@@ -174,7 +184,7 @@ def object_patterns(stack, role, action):
     """(bucket, pattern of keys) of the objects on which a role may do this, for buckets by their parameter's name."""
     for granted_action, arns in granted(stack, role):
         for arn in arns if granted_action == action else []:
-            if found := re.search(r"\$\{(\w+)Bucket(?:\.Arn)?\}/(.+)$", arn):
+            if found := re.search(r"\$\{(\w+)Bucket(?:\.Arn|Parameter\.Value)?\}/(.+)$", arn):
                 yield found.groups()
 
 
@@ -302,13 +312,14 @@ def test_every_function_has_a_binary_and_every_binary_a_function():
     binaries = sorted(path.stem for path in (ROOT / "functions/bin").glob("*.rs"))
     in_cargo = sorted(re.findall(r'\[\[bin\]\]\s*name = "([^"]+)"', read("Cargo.toml")))
     assert sorted(in_templates) == binaries == in_cargo
-    assert len(binaries) == 4
+    assert len(binaries) == 5
 
 
 def calls(binary):
     """The IAM actions of the SDK calls in a function's source."""
     code = source_of(binary)
-    if "SCHEDULE_GROUP" in text(next(s for s, _, f in everywhere("AWS::Lambda::Function") if binary_of(f) == binary)):
+    function = next(f for _, _, f in everywhere("AWS::Lambda::Function") if binary_of(f) == binary)
+    if "Environment" in function["Properties"]:
         code += read("functions/deferred.rs")
     found = set()
     for client, method in re.findall(r"\bself\s*\.(\w+)\s*\.(\w+)\(\)", re.sub(r"//.*", "", code)):
@@ -397,8 +408,9 @@ def test_a_custom_resource_has_a_limit_and_all_that_its_function_needs(stack, na
     }
     before = needs(stack, name)
     assert users <= before, f"{name} may be made before, or deleted after, {users - before}"
-    buckets = {r["Properties"]["Bucket"]["Ref"]: n for n, r in resources(stack, "AWS::S3::BucketPolicy").items()}
-    assert {policy for bucket, policy in buckets.items() if bucket in references(properties)} <= before
+    # AWS: whatever depends on a resource that its condition keeps from being made is not made either.
+    conditional = [n for n in listed(resource.get("DependsOn", [])) if "Condition" in resources(stack)[n]]
+    assert conditional == []
 
 
 def test_the_waits_for_the_ami_are_a_chain():
@@ -412,6 +424,35 @@ def test_the_waits_for_the_ami_are_a_chain():
         previous = name
     timeout = resources("hail-ami")["BuildProject"]["Properties"]["TimeoutInMinutes"]
     assert 55 * (1 + len(waits)) > timeout, "the build may last longer than it is waited for"
+
+
+def test_the_removal_of_the_buckets_is_a_chain_that_comes_after_what_uses_them():
+    chain = resources("hail-s3", "Custom::BucketRemoval")
+    earlier = "RemoveBucketsSchedulePolicy"
+    for number, (name, removal) in enumerate(chain.items()):
+        properties = removal["Properties"]
+        assert removal["DependsOn"] == earlier and "Condition" not in removal
+        assert properties["ServiceTimeout"] == 3600
+        assert properties.get("LastWait") == ("true" if number == 0 else None), "the first made is the last deleted"
+        assert properties["Buckets"] == chain["BucketRemoval"]["Properties"]["Buckets"]
+        earlier = name
+    assert resources("hail-s3")["Seeds"]["DependsOn"] == earlier
+
+
+def test_buckets_are_removed_only_where_a_person_asked_for_it():
+    template, role = TEMPLATES["hail-s3"], resources("hail-s3")["RemoveBucketsRole"]
+    assert template["Parameters"]["RemoveBuckets"]["Default"] == "false"
+    removed = resources("hail-s3")["BucketRemoval"]["Properties"]["Buckets"]
+    for name, bucket in zip(("Hail", "Log", "Notebook"), removed, strict=True):
+        both = [{"Condition": "RemovesBuckets"}, {"Condition": f"Creates{name}Bucket"}]
+        assert template["Conditions"][f"Removes{name}Bucket"] == {"Fn::And": both}
+        assert bucket == {"Fn::If": [f"Removes{name}Bucket", {"Ref": f"{name}Bucket"}, {"Ref": "AWS::NoValue"}]}
+    (guarded,) = [policy["Fn::If"] for policy in role["Properties"]["Policies"] if "Fn::If" in policy]
+    assert guarded[0] == "RemovesBuckets" and guarded[2] == {"Ref": "AWS::NoValue"}
+    always = [policy for policy in role["Properties"]["Policies"] if "Fn::If" not in policy]
+    assert not [a for s in walk(always) if "Action" in s for a in listed(s["Action"]) if a.startswith("s3:")]
+    for arn in (arn for _, arns in granted("hail-s3", "RemoveBucketsRole") for arn in arns if "Bucket.Arn" in arn):
+        assert re.fullmatch(r"\$\{(Hail|Log|Notebook)Bucket\.Arn\}(/\*)?", arn)
 
 
 def test_an_event_reaches_its_function():
@@ -454,6 +495,22 @@ def test_a_person_controls_their_own_folder_and_reads_the_shared_ones():
     folders = SHARED_FOLDERS | {"${NotebookInstanceName}"}
     assert prefixes == folders | {f"{folder}/*" for folder in folders}
     assert not {action for action, _ in granted("hail-jupyter", role) if action.startswith("s3:") and "*" in action}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_whoever_reaches_what_is_in_a_bucket_may_use_the_key_that_encrypts_it(stack):
+    roles = {
+        name: {action for action in ("s3:GetObject", "s3:PutObject") if set(object_patterns(stack, name, action))}
+        for name in resources(stack, "AWS::IAM::Role")
+    }
+    assert any(roles.values())
+    needed = {"s3:GetObject": "kms:Decrypt", "s3:PutObject": "kms:GenerateDataKey"}
+    has_key = "HasKmsKey" if stack == "hail-s3" else "HasBucketKmsKey"
+    for name, actions in roles.items():
+        conditional = [mapping["Fn::If"] for mapping in walk(resources(stack)[name]) if "Fn::If" in mapping]
+        keys = [then for condition, then, _ in conditional if condition == has_key and "Action" in then]
+        may = {action for statement in keys for action in listed(statement["Action"])}
+        assert may == {needed[action] for action in actions}, name
 
 
 def test_nobody_has_the_name_of_a_shared_folder():
@@ -541,14 +598,18 @@ def test_buckets_keep_what_they_hold_to_themselves():
         assert set(properties["PublicAccessBlockConfiguration"].values()) == {True}
         assert properties["OwnershipControls"]["Rules"] == [{"ObjectOwnership": "BucketOwnerEnforced"}]
         assert properties["VersioningConfiguration"] == {"Status": "Enabled"}
-        encryption = properties["BucketEncryption"]["ServerSideEncryptionConfiguration"][0]
-        assert encryption["ServerSideEncryptionByDefault"]["SSEAlgorithm"] == "AES256"
+        condition, with_key, without = properties["BucketEncryption"]["ServerSideEncryptionConfiguration"][0]["Fn::If"]
+        assert condition == "HasKmsKey" and with_key["BucketKeyEnabled"] is True
+        kms = {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": {"Ref": "KmsKeyArn"}}
+        assert with_key["ServerSideEncryptionByDefault"] == kms
+        assert without == {"ServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}
         rules = properties["LifecycleConfiguration"]["Rules"]
         assert {rule["Status"] for rule in rules} == {"Enabled"}
         keys = set().union(*rules)
         assert {"NoncurrentVersionExpiration", "AbortIncompleteMultipartUpload"} <= keys
         assert ("ExpirationInDays" in keys) == (name == "LogBucket"), "only logs may be deleted for their age"
         policy = resources(stack)[f"{name}Policy"]
+        assert policy["Condition"] == bucket["Condition"] == f"Creates{name}"
         assert policy["DeletionPolicy"] == policy["UpdateReplacePolicy"] == "Retain"
         assert policy["Properties"]["Bucket"] == {"Ref": name}
         statement = policy["Properties"]["PolicyDocument"]["Statement"][0]
@@ -607,7 +668,7 @@ def test_a_role_is_passed_to_one_service_only():
                 assert listed(statement["Action"]) == ["iam:PassRole"], name
                 assert statement["Condition"]["StringEquals"]["iam:PassedToService"].endswith(".amazonaws.com")
                 assert "*" not in resolved(statement["Resource"])
-    assert found == 6
+    assert found == 7
 
 
 def test_names_are_left_to_cloudformation():
@@ -709,6 +770,14 @@ def accepted(parameter, value):
             ["aperry", "a", "a-1"],
             ["", "A", "-a", "a-", "a_b", "a/b", "a*", "a" * 64],
         ),
+        (
+            "hail-s3",
+            "KmsKeyArn",
+            ["", f"{KEY}/1234abcd-12ab-34cd-56ef-1234567890ab", f"{KEY}/mrk-0123", KEY.replace("aws", "aws-cn") + "/1"],
+            ["1234abcd", "alias/hail", KEY.replace("key", "alias") + "/hail", KEY],
+        ),
+        ("hail-s3", "OldVersionDays", [1, 3650], [0, 3651]),
+        ("hail-s3", "EmrLogDays", [1, 3650], [0, 3651]),
         ("hail-jupyter", "InstanceType", ["ml.t3.medium"], ["t3.medium", "ml.t3"]),
         ("hail-jupyter", "VolumeSizeGiB", [5, 16384], [4, 16385]),
         ("hail-jupyter", "SecurityGroupId", ["", "sg-0123456789abcdef0"], ["sg", "default"]),
@@ -782,6 +851,22 @@ def test_two_buckets_cannot_have_one_name(pair):
     assert refused("hail-s3", **dict.fromkeys(pair, "same")) == ["BucketNamesDiffer"]
     assert refused("hail-s3", **dict(zip(pair, ("one", "other"), strict=True))) == []
     assert refused("hail-s3") == []
+
+
+@pytest.mark.parametrize("bucket", ["Hail", "Log", "Notebook"])
+def test_a_bucket_to_use_has_to_be_named(bucket):
+    existing = {f"Create{bucket}Bucket": "false"}
+    assert refused("hail-s3", **existing) == ["BucketToUseIsNamed"]
+    assert refused("hail-s3", **existing, **{f"{bucket}BucketName": "there-before"}) == []
+
+
+def test_buckets_that_were_there_before_are_not_removed():
+    buckets = ("Hail", "Log", "Notebook")
+    existing = {f"Create{bucket}Bucket": "false" for bucket in buckets}
+    existing |= {f"{bucket}BucketName": bucket.lower() for bucket in buckets}
+    assert refused("hail-s3", **existing, RemoveBuckets="true") == ["BucketToRemoveIsTheStacks"]
+    assert refused("hail-s3", **existing) == []
+    assert refused("hail-s3", **existing | {"CreateLogBucket": "true"}, RemoveBuckets="true") == []
 
 
 @pytest.mark.parametrize("stack", [stack for stack in STACKS if "SubnetId" in TEMPLATES[stack]["Parameters"]])

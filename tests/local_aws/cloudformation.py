@@ -3,6 +3,7 @@
 - A stack operation is answered when the stack has settled (or after SETTLE seconds), so that the waiters of the CLI,
   which ask every 30 seconds, end at once. Other connections are served meanwhile.
 - A stack whose creation was rolled back can only be deleted.
+- What a resource depends on that could not be deleted is kept with it, until the stack is deleted again.
 - Custom resources are asked as AWS asks: the request also has ServiceToken at the top, the function is invoked
   asynchronously (an error is retried twice), and the answer is checked. A Create that failed is followed by a Delete
   of the physical id that it answered. Every request and its answers are written down (POST /_hail/answers).
@@ -77,6 +78,8 @@ stock_evaluate_conditions = engine._evaluate_conditions
 stock_validate = engine.validate_template_support
 stock_worker_thread = stacks._runs_on_worker_thread
 stock_roll_back = stacks._roll_back_operation
+stock_delete_resource = stacks._delete_resource
+stock_delete_stack = stacks._delete_stack_async
 
 
 def install():
@@ -88,8 +91,10 @@ def install():
         stacks,
         _runs_on_worker_thread=lambda resource: resource in WAITING or stock_worker_thread(resource),
         _roll_back_operation=roll_back,
+        _delete_resource=delete_resource,
         _evaluate_conditions=evaluate_conditions,
     )
+    replace(handlers, _delete_stack_async=delete_stack)
     for module in (changesets, handlers):
         replace(
             module,
@@ -334,3 +339,24 @@ async def roll_back(stack_name, stack_id, stack, operation, *arguments, **option
     if stack["_resources"].get(failed, {}).get("ResourceStatus") == "CREATE_FAILED":
         operation["created"].append(failed)
     await stock_roll_back(stack_name, stack_id, stack, operation, *arguments, **options)
+
+
+# Deletion
+
+
+def delete_resource(kind, physical_id, props, stack_name, logical_id=None):
+    try:
+        stock_delete_resource(kind, physical_id, props, stack_name, logical_id)
+    except Exception:
+        stack = cloudformation._stacks[stack_name]
+        if stack["StackStatus"] == "DELETE_IN_PROGRESS":
+            there, defined = stack["_resources"], stack["_template"]["Resources"]
+            needed = stacks._with_dependencies([logical_id], defined, set(there)) - {logical_id}
+            stack.setdefault("_kept", {}).update({name: there.pop(name) for name in needed & there.keys()})
+        raise
+
+
+async def delete_stack(stack_name, *arguments, **options):
+    await stock_delete_stack(stack_name, *arguments, **options)
+    stack = cloudformation._stacks.get(stack_name, {})
+    stack.get("_resources", {}).update(stack.pop("_kept", {}))
