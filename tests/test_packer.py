@@ -76,6 +76,9 @@ def for_packer_1_6(template):
 # What the machine needs of the kernel, in a folder where its copies will be.
 TRY = "mkdir lower upper work root && mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work root"
 
+# All that a command started ends when the process that ran it has ended, killed or not.
+ENDS_WITH_THE_TESTS = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
@@ -286,7 +289,12 @@ def run_build(account, lowest, change=None, machine=None, timeout="5m", **overri
     (folder / "log").touch()
     with open(folder / "log", "r+") as log:
         done = subprocess.run(
-            ["bash", "-c", script], cwd=source, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            [*ENDS_WITH_THE_TESTS, "bash", "-c", script],
+            cwd=source,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
         )
     return Build(folder, done.returncode)
 
