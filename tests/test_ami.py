@@ -233,6 +233,16 @@ def test_a_long_log_is_cut_to_its_end_where_the_cause_stands(cloudformation, sys
     assert 2000 < len(asked.tries[0][2]) <= 4096
 
 
+@pytest.fixture
+def unheard(system):
+    """A changed packer.zip starts no build of the stack."""
+    rule = {"Name": system.resource("hail-ami", "PackerChangedRule")}
+    system.client("events").disable_rule(**rule)
+    yield
+    system.client("events").enable_rule(**rule)
+
+
+@pytest.mark.usefixtures("unheard")
 def test_a_build_that_exports_no_ami_is_told_at_once_what_its_buildspec_lacks(cloudformation, system, ami):
     # Longer than it takes a new schedule to fire for the first time.
     system.aws.control("builds", seconds=2)
@@ -436,7 +446,7 @@ def test_a_quota_that_is_used_up_is_told_at_once(cloudformation, system, ami):
 
 
 @pytest.fixture
-def beside(system, published):
+def beside(system, published, unheard):
     """Creates another hail-ami stack, with its first AMI; it is gone in the end with all that it made."""
     before = system.there()
     del before["parameters"]  # The latest is this stack's own in the end.
@@ -449,9 +459,6 @@ def beside(system, published):
         def create(self, **parameters):
             assert system.create("hail-ami", self.stack, **parameters) == "CREATE_COMPLETE", system.reasons(self.stack)
             self.project = system.resource(self.stack, "BuildProject")
-            # The others hear of packer.zip too, and are none of this test's business.
-            self.rule = system.resource("hail-ami", "PackerChangedRule")
-            system.client("events").disable_rule(Name=self.rule)
             return self
 
         def builds(self):
@@ -492,7 +499,6 @@ def beside(system, published):
     system.as_always()
     if made.stack:
         made.remove()
-    system.client("events").enable_rule(Name=made.rule)
     for image in system.client("ec2").describe_images(Owners=["self"])["Images"]:
         if image["ImageId"] not in {one["ImageId"] for one in images}:
             system.client("ec2").deregister_image(ImageId=image["ImageId"], DeleteAssociatedSnapshots=True)

@@ -20,6 +20,7 @@ buildspec in it, which is YAML. What fails there fails the build in the phase in
 
 import io
 import json
+import threading
 import time
 import uuid
 import zipfile
@@ -57,6 +58,7 @@ stock_update_project = codebuild._update_project
 
 # What was asked with each idempotency token, and the build that it started.
 started = {}
+starting = threading.Lock()
 
 
 def install():
@@ -135,6 +137,11 @@ def project(name, props):
 
 
 def start_build(data):
+    with starting:
+        return start(data)
+
+
+def start(data):
     project = codebuild._projects.get(data["projectName"])
     if project is None:
         return error_response_json("ResourceNotFoundException", f"Project cannot be found: {data['projectName']}")
