@@ -24,7 +24,8 @@
 //! Whoever started a build, when it succeeds its AMI is published at `/hail/ami/<name>`, and the newest of all at
 //! `/hail/ami/latest` (data type `aws:ec2:image`). After that the project's AMIs beyond the newest `AMIS_TO_KEEP` (0: all
 //! are kept) are deregistered, except those that a running cluster or a parameter of a stack names. A build that
-//! failed is told to the SNS topic `FAILURE_TOPIC_ARN`.
+//! failed is told to the SNS topic `FAILURE_TOPIC_ARN`. What Packer could not clean up because its build was cut off is
+//! removed.
 //!
 //! Going back to what was built before (a rollback, above all) takes the AMI, if it is there still: the variables of a
 //! build say what it was asked for, and CodeBuild keeps its builds for a year.
@@ -37,6 +38,7 @@
 
 mod amis;
 mod compatibility;
+mod leftovers;
 
 use crate::custom_resource::{
     Answer, Progress, Provider, Requested, Resource, detail_of, hex_digest, read_properties, scalar,
@@ -47,6 +49,7 @@ use aws_config::SdkConfig;
 use aws_sdk_codebuild::types::{Build, EnvironmentVariable, SortOrderType, StatusType};
 use aws_smithy_types::date_time::{DateTime, Format};
 use compatibility::Combination;
+use leftovers::{Leftovers, OF_BUILD, OF_PROJECT};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::env;
@@ -65,6 +68,7 @@ const QUOTA_IS_USED_UP: &str = "AccountLimitExceededException";
 pub struct BuildAmi {
     amis: Amis,
     codebuild: aws_sdk_codebuild::Client,
+    leftovers: Leftovers,
     logs: aws_sdk_cloudwatchlogs::Client,
     sns: aws_sdk_sns::Client,
 }
@@ -136,13 +140,16 @@ pub struct All {
     ami_deletion_policy: DeletionPolicy,
 }
 
-/// A rule of EventBridge asks for a build.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Rebuild {
-    project_name: String,
-    reason: String,
-    time: String,
+/// What is asked for besides CloudFormation's requests.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", untagged)]
+enum Request {
+    /// A rule of EventBridge asks for a build.
+    #[serde(rename_all = "PascalCase")]
+    Rebuild { project_name: String, reason: String, time: String },
+    /// A build has ended before its time.
+    #[serde(rename_all = "PascalCase")]
+    CleanUp { build_id: String },
 }
 
 /// What `Fn::GetAtt` gives.
@@ -165,13 +172,25 @@ pub struct BuildData {
     ami: Option<Ami>,
 }
 
-/// A build under way.
+/// What is waited for.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-pub struct Awaited {
-    project_name: String,
-    build_id: String,
-    last_wait: bool,
+pub enum Awaited {
+    /// A build under way.
+    #[serde(rename_all = "PascalCase")]
+    Build {
+        /// The project that builds.
+        project_name: String,
+        /// CodeBuild's id of the build.
+        build_id: String,
+        /// Whether no other resource waits on.
+        last_wait: bool,
+    },
+    /// That nothing is left of the project's builds, which were stopped.
+    #[serde(rename_all = "PascalCase")]
+    CleanUp {
+        /// The project whose builds are over.
+        project_name: String,
+    },
 }
 
 impl Start {
@@ -212,6 +231,7 @@ impl BuildAmi {
         Self {
             amis: Amis::connect(aws),
             codebuild: aws_sdk_codebuild::Client::new(aws),
+            leftovers: Leftovers::connect(aws),
             logs: aws_sdk_cloudwatchlogs::Client::new(aws),
             sns: aws_sdk_sns::Client::new(aws),
         }
@@ -430,10 +450,10 @@ impl Provider for BuildAmi {
         Ok(Answer::Later(match new {
             Properties::Start(start) => {
                 let build_id = self.find_or_start(&start, &resource.request_id).await?;
-                Awaited { project_name: start.project_name, build_id, last_wait: false }
+                Awaited::Build { project_name: start.project_name, build_id, last_wait: false }
             }
             Properties::Wait(Wait { project_name, build_id, last_wait }) => {
-                Awaited { project_name, build_id, last_wait }
+                Awaited::Build { project_name, build_id, last_wait }
             }
             Properties::All(_) => return Ok(Answer::Now(Data::Nothing {})),
         }))
@@ -481,12 +501,34 @@ impl Provider for BuildAmi {
         }
     }
 
+    fn rest_of_delete(&self, _: &Resource, old: &Properties) -> Option<Awaited> {
+        match old {
+            Properties::All(all) => Some(Awaited::CleanUp { project_name: all.project_name.clone() }),
+            // The event of the build's end has it cleaned up: the function is still there.
+            Properties::Start(_) | Properties::Wait(_) => None,
+        }
+    }
+
     fn key(&self, awaited: &Awaited) -> String {
-        key_of(&awaited.build_id)
+        match awaited {
+            Awaited::Build { build_id, .. } => key_of(build_id),
+            Awaited::CleanUp { project_name } => format!("clean-up-{}", &hex_digest([project_name.as_str()])[..32]),
+        }
     }
 
     async fn poll(&self, awaited: &Awaited) -> Result<Progress<Self>, Failure> {
-        let build = self.build(&awaited.build_id).await?;
+        let build_id = match awaited {
+            Awaited::Build { build_id, .. } => build_id,
+            Awaited::CleanUp { project_name } => {
+                let nothing_left = self.leftovers.remove(OF_PROJECT, project_name).await?;
+                return Ok(if nothing_left {
+                    Progress::Ready(Data::Nothing {})
+                } else {
+                    Progress::Waiting(awaited.clone())
+                });
+            }
+        };
+        let build = self.build(build_id).await?;
         match build.build_status() {
             Some(StatusType::InProgress) => Ok(Progress::Waiting(awaited.clone())),
             Some(StatusType::Succeeded) => {
@@ -494,7 +536,7 @@ impl Provider for BuildAmi {
                 // What the stack asks for is the latest, also where it goes back to an older one.
                 self.amis.publish(&ami, true).await?;
                 let status = StatusType::Succeeded.to_string();
-                let build_id = awaited.build_id.clone();
+                let build_id = build_id.clone();
                 Ok(Progress::Ready(Data::Build(BuildData { build_id, status, ami: Some(ami) })))
             }
             _ => Err(self.why_not(&build).await),
@@ -502,7 +544,15 @@ impl Provider for BuildAmi {
     }
 
     fn gave_up(&self, awaited: &Awaited) -> Result<Data, Failure> {
-        let Awaited { project_name, build_id, last_wait } = awaited;
+        let (project_name, build_id, last_wait) = match awaited {
+            Awaited::Build { project_name, build_id, last_wait } => (project_name, build_id, last_wait),
+            Awaited::CleanUp { project_name } => {
+                return Err(Failure::new(format!(
+                    "what the stopped builds of project {project_name} left is still there: EC2 has not ended their \
+                     instance within an hour. Delete the stack again"
+                )));
+            }
+        };
         if *last_wait {
             return Err(Failure::new(format!(
                 "build {build_id} of project {project_name} is still running after all the time that the stack waits; \
@@ -518,8 +568,9 @@ impl Provider for BuildAmi {
     }
 
     /// Publishes the AMI, whoever started its build, and removes old ones; tells of a failure.
-    async fn noticed(&self, event: Value) -> Result<(), Failure> {
-        let build = self.build(&build_id_in(&event)?).await?;
+    async fn noticed(&self, event: Value) -> Result<Option<Value>, Failure> {
+        let build_id = build_id_in(&event)?;
+        let build = self.build(&build_id).await?;
         match build.build_status() {
             Some(StatusType::Succeeded) => {
                 let ami = ami_of(&build)?;
@@ -527,20 +578,30 @@ impl Provider for BuildAmi {
                 if self.amis.parameter(&ami.parameter()).await?.is_none() {
                     self.amis.publish(&ami, self.is_newest(&build).await?).await?;
                 }
-                self.remove_old(build.project_name().unwrap_or_default()).await
+                self.remove_old(build.project_name().unwrap_or_default()).await?;
+                return Ok(None);
             }
+            Some(StatusType::InProgress) | None => return Ok(None),
             // Whoever stopped it knows.
-            Some(StatusType::InProgress | StatusType::Stopped) | None => Ok(()),
+            Some(StatusType::Stopped) => {}
             Some(_) => {
                 let why = self.why_not(&build).await;
-                self.tell("A build of the Hail AMI has failed", &why.reason).await
+                self.tell("A build of the Hail AMI has failed", &why.reason).await?;
             }
         }
+        let request = serde_json::to_value(Request::CleanUp { build_id });
+        request.map(Some).map_err(|why| Failure::new(format!("the function has a defect: {why}")))
     }
 
     async fn requested(&self, request: &Value) -> Result<Requested, Failure> {
-        let asked = |why: String| Failure::new(format!("the request for a rebuild cannot be read: {why}"));
-        let Rebuild { project_name, reason, time } = read_properties(request.clone()).map_err(asked)?;
+        let asked = |why: String| Failure::new(format!("the request cannot be read: {why}"));
+        let (project_name, reason, time) = match read_properties(request.clone()).map_err(asked)? {
+            Request::Rebuild { project_name, reason, time } => (project_name, reason, time),
+            Request::CleanUp { build_id } => {
+                let nothing_left = self.leftovers.remove(OF_BUILD, &build_id).await?;
+                return Ok(if nothing_left { Requested::Done } else { Requested::Later });
+            }
+        };
         let since = DateTime::from_str(&time, Format::DateTime).map_err(|why| asked(format!("Time {time}: {why}")))?;
         match self.rebuild(&project_name, &since).await {
             Err(failure) if !failure.transient => {

@@ -124,9 +124,10 @@ pub trait Provider {
         Err(Failure::new("this function takes no requests of rules"))
     }
 
-    /// Does what else an event is good for, after the request has been looked at.
-    async fn noticed(&self, _event: Value) -> Result<(), Failure> {
-        Ok(())
+    /// Does what else an event is good for, after the request has been looked at. What it gives is a request as
+    /// [`Provider::requested`] takes it, to be met from now on.
+    async fn noticed(&self, _event: Value) -> Result<Option<Value>, Failure> {
+        Ok(None)
     }
 }
 
@@ -328,7 +329,10 @@ impl<P: Provider> Function<P> {
             let key = self.provider.key_in(&payload)?;
             // Whoever waits hears of a failure first, and of one in what comes after all the same.
             let advanced = Box::pin(self.advance(&key, &invocation)).await;
-            guarded(self.provider.noticed(payload), invocation.time_for_work()).await?;
+            let noticed = guarded(self.provider.noticed(payload), invocation.time_for_work()).await?;
+            if let Some(request) = noticed {
+                Box::pin(self.meet(json!({ "Request": request }), &invocation)).await?;
+            }
             advanced
         } else {
             Err(Undone(

@@ -187,11 +187,16 @@ source "amazon-ebs" "hail" {
     max_attempts  = 180
   }
 
+  # By these build-ami finds what a build leaves that is stopped before Packer can clean up.
   run_tags = {
-    Name = "packer ${var.ami_name}"
+    Name          = "packer ${var.ami_name}"
+    build-project = var.build_project
+    build-id      = var.build_id
   }
   run_volume_tags = {
-    Name = "packer ${var.ami_name}"
+    Name          = "packer ${var.ami_name}"
+    build-project = var.build_project
+    build-id      = var.build_id
   }
   tags          = local.tags
   snapshot_tags = local.tags

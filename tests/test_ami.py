@@ -752,3 +752,86 @@ def test_the_amis_of_another_project_are_not_touched(system, beside):
         beside.build()
     beside.remove()
     assert other in {image["ImageId"] for image in system.client("ec2").describe_images(Owners=["self"])["Images"]}
+
+
+# What a build leaves that is stopped before Packer can clean up
+
+
+def left_by(stacks, build, name="packer hail-1"):
+    """What Packer has made when its build is cut off: an instance with its security group, a key pair, an AMI."""
+    ec2, network = stacks.client("ec2"), stacks.network
+    tags = [
+        {"Key": "Name", "Value": name},
+        {"Key": "build-project", "Value": build["projectName"]},
+        {"Key": "build-id", "Value": build["id"]},
+    ]
+
+    def tagged(kind):
+        return {"TagSpecifications": [{"ResourceType": kind, "Tags": tags}]}
+
+    key = f"packer_{uuid.uuid4()}"
+    ec2.create_key_pair(KeyName=key, **tagged("key-pair"))
+    group = ec2.create_security_group(
+        GroupName=key, Description="-", VpcId=network["VpcId"], **tagged("security-group")
+    )["GroupId"]
+    instance = ec2.run_instances(
+        ImageId=ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"],
+        MinCount=1,
+        MaxCount=1,
+        SubnetId=network["SubnetId"],
+        SecurityGroupIds=[group],
+        **tagged("instance"),
+    )["Instances"][0]["InstanceId"]
+    image = ec2.register_image(Name=f"half-made-{uuid.uuid4()}", RootDeviceName="/dev/xvda", **tagged("image"))
+    return {"instance": instance, "group": group, "key": key, "image": image["ImageId"]}
+
+
+def still_there(stacks, left):
+    ec2 = stacks.client("ec2")
+    instances = ec2.describe_instances(InstanceIds=[left["instance"]])["Reservations"][0]["Instances"]
+    return [
+        what
+        for what, there in {
+            "instance": instances[0]["State"]["Name"] not in ("shutting-down", "terminated"),
+            "group": any(one["GroupId"] == left["group"] for one in ec2.describe_security_groups()["SecurityGroups"]),
+            "key": any(one["KeyName"] == left["key"] for one in ec2.describe_key_pairs()["KeyPairs"]),
+            "image": any(one["ImageId"] == left["image"] for one in ec2.describe_images(Owners=["self"])["Images"]),
+        }.items()
+        if there
+    ]
+
+
+@pytest.mark.parametrize("outcome", ["STOPPED", "TIMED_OUT"])
+def test_what_a_build_leaves_that_is_cut_off_is_removed_and_nothing_else(system, beside, outcome):
+    beside.create()
+    system.aws.control("builds", seconds=600)
+    build = system.client("codebuild").start_build(projectName=beside.project)["build"]
+    left = left_by(system, build)
+    # Of another build, and of somebody who is not Packer.
+    kept = [left_by(system, build | {"id": f"{build['id']}0"}), left_by(system, build, name="mine")]
+    if outcome == "STOPPED":
+        system.client("codebuild").stop_build(id=build["id"])
+    else:
+        system.aws.control("builds", outcome=outcome)
+        system.aws.control("finish")
+    eventually(lambda: still_there(system, left) == [])
+    eventually(lambda: (system.aws.control("tick"), reminders(system) == [])[1])
+    for others in kept:
+        assert still_there(system, others) == ["instance", "group", "key", "image"]
+        remove_by_hand(system, others)
+
+
+def remove_by_hand(stacks, left):
+    ec2 = stacks.client("ec2")
+    ec2.terminate_instances(InstanceIds=[left["instance"]])
+    ec2.delete_security_group(GroupId=left["group"])
+    ec2.delete_key_pair(KeyName=left["key"])
+    ec2.deregister_image(ImageId=left["image"])
+
+
+def test_a_stack_that_goes_while_it_builds_leaves_nothing_of_the_build(system, beside):
+    beside.create()
+    system.aws.control("builds", seconds=600)
+    left = left_by(system, system.client("codebuild").start_build(projectName=beside.project)["build"])
+    beside.remove()
+    assert still_there(system, left) == []

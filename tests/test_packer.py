@@ -44,7 +44,6 @@ OF_PACKER_1_6 = [
     "ec2:DeleteSnapshot",
     "ec2:DeregisterImage",
     "ec2:ModifyImageAttribute",
-    "iam:GetInstanceProfile",
 ]
 
 

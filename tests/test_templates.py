@@ -41,7 +41,7 @@ SERVICES |= {"ssm": "ssm"}
 # What AWS asks of a function besides its own calls; the templates say why.
 BESIDES = {
     # A snapshot is deleted with its AMI.
-    "build-ami": {"ec2:DeleteSnapshot", "ec2:DescribeImages"},
+    "build-ami": {"ec2:DeleteSnapshot"},
     "refresh-notebook": {
         "ec2:AttachNetworkInterface",
         "ec2:CreateNetworkInterface",

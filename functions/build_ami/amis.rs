@@ -5,7 +5,7 @@
 
 use crate::failure::Failure;
 use aws_config::SdkConfig;
-use aws_sdk_ec2::types::Filter;
+use aws_sdk_ec2::types::{Filter, Tag};
 use aws_sdk_emr::types::ClusterState;
 use aws_sdk_ssm::types::ParameterType;
 use serde::Serialize;
@@ -81,6 +81,10 @@ impl Amis {
         }
         // ISO 8601, which sorts as text.
         images.sort_by(|one, other| other.creation_date.cmp(&one.creation_date));
+        // One that Packer is not done with has not got its own name yet.
+        let is_done =
+            |tags: &[Tag]| !tags.iter().any(|tag| tag.value().is_some_and(|name| name.starts_with("packer ")));
+        images.retain(|image| is_done(image.tags()));
         let amis = images.into_iter().map(|image| Some(Ami { ami_id: image.image_id?, ami_name: image.name? }));
         Ok(amis.flatten().collect())
     }

@@ -2,7 +2,7 @@
 
 - AWS::EC2::SecurityGroupIngress and AWS::EC2::SecurityGroupEgress. Every property but Description replaces the rule.
 - A security group that another one's rules name cannot be deleted.
-- DescribeImages says when an image was created.
+- DescribeImages says when an image was created, and DescribeKeyPairs looks at the tags that are asked for.
 - DeregisterImage deletes the snapshots too, if it is asked to, each that the caller may delete.
 """
 
@@ -34,7 +34,12 @@ def install():
         provisioners._RESOURCE_HANDLERS[resource] = rule_handler(rules)
         provisioners._REPLACING_PROPERTIES[resource] = tuple(set(TYPES[resource].split()) - {"Description"})
     replace(provisioners._RESOURCE_HANDLERS["AWS::EC2::SecurityGroup"], delete=delete_group)
-    replace(ec2._ACTION_MAP, DeleteSecurityGroup=delete_security_group, DescribeImages=describe_images)
+    replace(
+        ec2._ACTION_MAP,
+        DeleteSecurityGroup=delete_security_group,
+        DescribeImages=describe_images,
+        DescribeKeyPairs=describe_key_pairs,
+    )
     stock = app.SERVICE_HANDLERS["ec2"]
 
     async def handle_request(method, path, headers, body, query):
@@ -111,6 +116,20 @@ def delete_security_group(query):
     if named_by(group_id):
         return ec2._error("DependencyViolation", f"resource {group_id} has a dependent object", 400)
     return ec2._delete_security_group(query)
+
+
+def describe_key_pairs(query):
+    filters = ec2._parse_filters(query)
+    asked = ec2._parse_member_list(query, "KeyName") or list(ec2._key_pairs)
+    found = [
+        name
+        for name in asked
+        if name not in ec2._key_pairs
+        or ec2._resource_matches_tag_filters(ec2._key_pairs[name]["KeyPairId"], filters)
+    ]
+    if not found:
+        return ec2._xml(200, "DescribeKeyPairsResponse", "<keySet></keySet>")
+    return ec2._describe_key_pairs({f"KeyName.{number}": [name] for number, name in enumerate(found, 1)})
 
 
 def describe_images(query):

@@ -1,8 +1,8 @@
 """What MiniStack's IAM lacks.
 
 - The ARN that a policy must name, where MiniStack takes another or none: schedules (its group is always "default"),
-  builds, images, notebook instances, log streams. Without it, the policies of the functions could not be tried.
-- The tags of images, which a policy may ask for.
+  builds, instance profiles, notebook instances, log streams. Without it, the policies of the functions could not be
+  tried.
 - `trusts` and `allows`: what a role may be used for by a service that acts for it.
 - iam:PassRole, which the services check for the roles that they are handed.
 - AWS::IAM::InstanceProfile: Ref is its name, not its ARN; a role that does not exist is an error, not skipped.
@@ -13,7 +13,7 @@ import json
 from ministack.core import iam_actions, iam_evaluator
 from ministack.core.responses import get_account_id, get_region
 from ministack.core.router import extract_access_key_id
-from ministack.services import ec2, iam, tagging
+from ministack.services import iam
 from ministack.services.cloudformation import provisioners
 
 from .seams import replace
@@ -24,7 +24,6 @@ stock_resource_arn = iam_actions.extract_resource_arn
 def install():
     iam_actions.SERVICE_TO_IAM_NAMESPACE["sagemaker"] = "sagemaker"
     replace(iam_actions, extract_resource_arn=resource_arn)
-    tagging._RESOURCE_TAG_COLLECTORS["ec2"] = tags_of_images
     replace(
         provisioners._RESOURCE_HANDLERS["AWS::IAM::InstanceProfile"],
         create=profile_create,
@@ -63,13 +62,9 @@ def resource_arn(service, method, path, headers, body, query, region, account):
         if stream and not headers.get("x-amz-target", "").endswith("CreateLogStream"):
             return arn(f"log-group:{group}:log-stream:{stream}")
         return arn(f"log-group:{group}:*")
-    stock = stock_resource_arn(service, method, path, headers, body, query, region, account)
-    # Images belong to a region and to no account.
-    return stock.replace(f":{account}:image/", "::image/") if service == "ec2" else stock
-
-
-def tags_of_images():
-    return [(f"arn:aws:ec2:{get_region()}::image/{image}", ec2._tags.get(image, [])) for image in ec2._images]
+    if service == "iam" and (profile := (query.get("InstanceProfileName") or [None])[0]):
+        return f"arn:aws:iam::{account}:instance-profile/{profile}"
+    return stock_resource_arn(service, method, path, headers, body, query, region, account)
 
 
 def context(principal, action, resource, **keys):
