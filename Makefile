@@ -1,6 +1,6 @@
 # What a person types. `make` alone lists it.
 
-FUNCTIONS := seed-buckets build-ami add-plot-steps refresh-notebook
+FUNCTIONS := seed-buckets remove-buckets build-ami add-plot-steps refresh-notebook
 STACKS := hail-s3 hail-jupyter hail-ami hail-emr
 
 # Compiled code and Python packages are kept here: in the home folder's cache where that has a folder for them
@@ -53,7 +53,8 @@ lint: ## Formatting, and the compiler's and clippy's warnings
 fmt: ## Format the Rust code
 	cargo fmt
 
-digest: ## Write the digests of what is seeded and of the start script into the templates, after changing any of it
+digest: ## Write what is derived from other files (digests, the table of versions), after changing any of them
+	$(PYTHON) tests/compatibility_table.py --write
 	$(PYTHON) tests/assets_digest.py --write
 
 # What the templates' FunctionArchitecture says: arm64, which costs a fifth less, or x86_64. cargo-lambda brings the

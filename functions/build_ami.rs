@@ -3,56 +3,74 @@
 //!
 //! | `Custom::HailAmi` | |
 //! |---|---|
-//! | properties | `ProjectName`, `AmiName`, `HailVersion`, `VepVersion` (`none` or a release), `EmrReleaseLabel`, `RebuildToken` (any text) |
+//! | properties | `ProjectName`, `AmiName`, `HailVersion` (a release, or a git ref), `VepVersion` (`none` or a release), `EmrReleaseLabel`; optional: `Architecture`, `RKernel`, `KmsKeyId`, `AllowUntestedVersions` (`true`, `false`), `RebuildToken` (any text), `AmiDeletionPolicy` (`Retain`, `Delete`) |
 //! | Create, Update | starts a build, unless the project has built, or is building, the same thing; an Update stops the build of what it goes away from |
-//! | Delete | stops the project's running builds and removes the parameters it published; AMIs are kept |
+//! | physical id | another one for everything that makes another AMI of it: CloudFormation sends a Delete for what was replaced |
+//! | Delete | stops the build of these properties; `AmiDeletionPolicy: Delete` deregisters its AMIs |
 //! | **`Custom::HailAmiWait`** | |
 //! | properties | `ProjectName`, `BuildId` of the resource before, `LastWait` (`true` on the last one) |
 //! | Delete | nothing |
-//! | **both** | |
+//! | **both of them** | |
 //! | Data | `BuildId`, `Status` (`SUCCEEDED` or `IN_PROGRESS`), and `AmiId`, `AmiName` when it has succeeded |
+//! | **`Custom::HailAmis`**, before them and after them | |
+//! | properties | `ProjectName`, `AmiDeletionPolicy` |
+//! | Create, Update | nothing |
+//! | Delete | stops the project's builds, whoever started them, and removes the parameters it published; `AmiDeletionPolicy: Delete` deregisters its AMIs |
 //!
 //! An AMI with VEP takes up to three hours and an operation of a custom resource one at most, so the template chains
 //! several: each answers `IN_PROGRESS` shortly before its hour is over and hands the build's id to the next. The last
 //! one fails instead.
 //!
 //! Whoever started a build, when it succeeds its AMI is published at `/hail/ami/<name>`, and the newest of all at
-//! `/hail/ami/latest` (data type `aws:ec2:image`).
+//! `/hail/ami/latest` (data type `aws:ec2:image`). After that the project's AMIs beyond the newest `AMIS_TO_KEEP` (0: all
+//! are kept) are deregistered, except those that a running cluster or a parameter of a stack names. A build that
+//! failed is told to the SNS topic `FAILURE_TOPIC_ARN`. What Packer could not clean up because its build was cut off is
+//! removed.
 //!
-//! Going back to what was built before (a rollback, above all) takes the AMI, if it is there still: each build carries the
-//! digest of what it was asked for in `BUILD_INPUTS`, and CodeBuild keeps its builds for a year.
+//! Going back to what was built before (a rollback, above all) takes the AMI, if it is there still: the variables of a
+//! build say what it was asked for, and CodeBuild keeps its builds for a year.
+//!
+//! # Rebuilds
+//!
+//! `{"Request": {"ProjectName", "Reason", "Time"}}`, from a rule of EventBridge, asks for a build with the project's own
+//! variables, unless one has been started since `Time`. One runs at a time: while another does, the request is asked
+//! again every minute.
 
-use crate::custom_resource::{Answer, Progress, Provider, Resource, detail_of, hex_digest, read_properties, scalar};
+mod amis;
+mod compatibility;
+mod leftovers;
+
+use crate::custom_resource::{
+    Answer, Progress, Provider, Requested, Resource, detail_of, hex_digest, read_properties, scalar,
+};
 use crate::failure::Failure;
+use amis::{Ami, Amis};
 use aws_config::SdkConfig;
 use aws_sdk_codebuild::types::{Build, EnvironmentVariable, SortOrderType, StatusType};
-use aws_sdk_ssm::types::ParameterType;
+use aws_smithy_types::date_time::{DateTime, Format};
+use compatibility::Combination;
+use leftovers::{Leftovers, OF_BUILD, OF_PROJECT};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::env;
+use tracing::{error, info};
 
-/// Where the newest AMI's id is published.
-const LATEST: &str = "/hail/ami/latest";
+/// Events at the end of a failed build's log among which its reason is looked for: Packer goes on to tell how it cleans up.
+const LOG_EVENTS: i32 = 100;
 
-/// The variable of a build that holds the digest of what it was asked for.
-const BUILD_INPUTS: &str = "BUILD_INPUTS";
+/// How the scripts in `packer/` begin the sentence that says why they end the build.
+const SCRIPT_SAYS: &str = "hail-ami error: ";
 
-/// How SSM says that there is no such parameter.
-const PARAMETER_IS_GONE: &str = "ParameterNotFound";
-
-/// Lines at the end of a failed build's log that its reason quotes.
-const LOG_LINES: i32 = 15;
-
-/// Which Hail goes with which EMR release, and which VEP releases there are: the one table, which the Packer build
-/// and the documentation use too.
-const COMPATIBILITY: &str = include_str!("../packer/compatibility.json");
+/// How CodeBuild says that the account or the project may not run another build now.
+const QUOTA_IS_USED_UP: &str = "AccountLimitExceededException";
 
 /// See the module.
 pub struct BuildAmi {
+    amis: Amis,
     codebuild: aws_sdk_codebuild::Client,
-    ec2: aws_sdk_ec2::Client,
+    leftovers: Leftovers,
     logs: aws_sdk_cloudwatchlogs::Client,
-    ssm: aws_sdk_ssm::Client,
+    sns: aws_sdk_sns::Client,
 }
 
 /// What the template says.
@@ -62,6 +80,8 @@ pub enum Properties {
     Start(Start),
     /// `Custom::HailAmiWait`
     Wait(Wait),
+    /// `Custom::HailAmis`
+    All(All),
 }
 
 /// Properties of `Custom::HailAmi`.
@@ -73,8 +93,32 @@ pub struct Start {
     hail_version: String,
     vep_version: String,
     emr_release_label: String,
+    #[serde(default = "x86_64")]
+    architecture: String,
+    #[serde(default, deserialize_with = "scalar")]
+    r_kernel: bool,
+    #[serde(default)]
+    kms_key_id: String,
+    #[serde(default, deserialize_with = "scalar")]
+    allow_untested_versions: bool,
     #[serde(default)]
     rebuild_token: String,
+    #[serde(default)]
+    ami_deletion_policy: DeletionPolicy,
+}
+
+fn x86_64() -> String {
+    "x86_64".into()
+}
+
+/// Whether an AMI goes with what made it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+pub enum DeletionPolicy {
+    /// It stays.
+    #[default]
+    Retain,
+    /// It is deregistered, with its snapshots, unless it is in use.
+    Delete,
 }
 
 /// Properties of `Custom::HailAmiWait`.
@@ -87,93 +131,97 @@ pub struct Wait {
     last_wait: bool,
 }
 
+/// Properties of `Custom::HailAmis`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct All {
+    project_name: String,
+    #[serde(default)]
+    ami_deletion_policy: DeletionPolicy,
+}
+
+/// What is asked for besides CloudFormation's requests.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", untagged)]
+enum Request {
+    /// A rule of EventBridge asks for a build.
+    #[serde(rename_all = "PascalCase")]
+    Rebuild { project_name: String, reason: String, time: String },
+    /// A build has ended before its time.
+    #[serde(rename_all = "PascalCase")]
+    CleanUp { build_id: String },
+}
+
 /// What `Fn::GetAtt` gives.
 #[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub enum Data {
+    /// Of the two that wait for a build.
+    Build(BuildData),
+    /// Of `Custom::HailAmis`.
+    Nothing {},
+}
+
+/// How far the build is.
+#[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
-pub struct Data {
+pub struct BuildData {
     build_id: String,
     status: String,
     #[serde(flatten)]
     ami: Option<Ami>,
 }
 
-/// What a successful build hands out.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "PascalCase")]
-struct Ami {
-    ami_id: String,
-    ami_name: String,
-}
-
-impl Ami {
-    /// The parameter that bears its name.
-    fn parameter(&self) -> String {
-        format!("/hail/ami/{}", self.ami_name)
-    }
-}
-
-/// A build under way.
+/// What is waited for.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-pub struct Awaited {
-    project_name: String,
-    build_id: String,
-    last_wait: bool,
+pub enum Awaited {
+    /// A build under way.
+    #[serde(rename_all = "PascalCase")]
+    Build {
+        /// The project that builds.
+        project_name: String,
+        /// CodeBuild's id of the build.
+        build_id: String,
+        /// Whether no other resource waits on.
+        last_wait: bool,
+    },
+    /// That nothing is left of the project's builds, which were stopped.
+    #[serde(rename_all = "PascalCase")]
+    CleanUp {
+        /// The project whose builds are over.
+        project_name: String,
+    },
 }
 
 impl Start {
-    /// What the build is asked for, as its environment variables.
-    fn environment(&self) -> [(&'static str, &str); 4] {
+    /// What the build is asked for, as its environment variables. One that is empty is as good as none.
+    fn environment(&self) -> [(&'static str, &str); 9] {
+        let or_not = |yes| if yes { "true" } else { "false" };
         [
             ("AMI_NAME", &self.ami_name),
             ("HAIL_VERSION", &self.hail_version),
             ("VEP_VERSION", &self.vep_version),
             ("EMR_RELEASE_LABEL", &self.emr_release_label),
+            ("ARCHITECTURE", &self.architecture),
+            ("R_KERNEL", or_not(self.r_kernel)),
+            ("KMS_KEY_ID", &self.kms_key_id),
+            ("ALLOW_UNTESTED_VERSIONS", or_not(self.allow_untested_versions)),
+            ("REBUILD_TOKEN", &self.rebuild_token),
         ]
     }
 
-    /// Two requests with the same digest are content with the same AMI.
-    fn digest(&self) -> String {
-        let texts = self.environment().into_iter().flat_map(|(name, value)| [name, value]);
-        hex_digest(texts.chain([self.rebuild_token.as_str()]))
+    /// Whether a build was asked for the same.
+    fn is_asked_of(&self, build: &Build) -> bool {
+        self.environment().into_iter().all(|(name, value)| variable(build, name) == value)
     }
 
     /// Refuses versions that do not go together, before anything is built.
     fn check(&self) -> Result<(), String> {
-        #[derive(Deserialize)]
-        struct Table {
-            emr_releases: BTreeMap<String, Row>,
-            vep: Vec<String>,
+        if self.allow_untested_versions {
+            return Ok(());
         }
-        #[derive(Deserialize)]
-        struct Row {
-            hail: Vec<String>,
-        }
-        let table: Table = serde_json::from_str(COMPATIBILITY).map_err(|why| format!("compatibility.json: {why}"))?;
-        let Some(row) = table.emr_releases.get(&self.emr_release_label) else {
-            let known: Vec<_> = table.emr_releases.keys().map(String::as_str).collect();
-            return Err(format!(
-                "property EmrReleaseLabel: \"{}\" is not an EMR release that Hail is known to run on; it should be {}",
-                self.emr_release_label,
-                known.join(" or ")
-            ));
-        };
-        if !row.hail.contains(&self.hail_version) {
-            return Err(format!(
-                "property HailVersion: \"{}\" does not go with {}; it should be one of {}",
-                self.hail_version,
-                self.emr_release_label,
-                row.hail.join(", ")
-            ));
-        }
-        if self.vep_version != "none" && !table.vep.contains(&self.vep_version) {
-            return Err(format!(
-                "property VepVersion: \"{}\" should be none or one of {}",
-                self.vep_version,
-                table.vep.join(", ")
-            ));
-        }
-        Ok(())
+        let Self { hail_version: hail, vep_version: vep, emr_release_label: emr, .. } = self;
+        Combination { hail, vep, emr }.check()
     }
 }
 
@@ -181,10 +229,11 @@ impl BuildAmi {
     /// With the function's own credentials.
     pub fn connect(aws: &SdkConfig) -> Self {
         Self {
+            amis: Amis::connect(aws),
             codebuild: aws_sdk_codebuild::Client::new(aws),
-            ec2: aws_sdk_ec2::Client::new(aws),
+            leftovers: Leftovers::connect(aws),
             logs: aws_sdk_cloudwatchlogs::Client::new(aws),
-            ssm: aws_sdk_ssm::Client::new(aws),
+            sns: aws_sdk_sns::Client::new(aws),
         }
     }
 
@@ -199,7 +248,8 @@ impl BuildAmi {
             .send()
             .await
             .map_err(|error| Failure::aws(doing(), error))?;
-        let ids = listed.ids.unwrap_or_default();
+        let mut ids = listed.ids.unwrap_or_default();
+        ids.truncate(100);
         if ids.is_empty() {
             return Ok(Vec::new());
         }
@@ -223,37 +273,75 @@ impl BuildAmi {
     /// The id of a build of what is asked for: one that has succeeded or is running, or else a new one.
     async fn find_or_start(&self, start: &Start, request_id: &str) -> Result<String, Failure> {
         let project = &start.project_name;
-        let digest = start.digest();
         for build in self.builds(project).await? {
-            let is_same = variable(&build, BUILD_INPUTS) == Some(&digest);
+            let is_same = start.is_asked_of(&build);
             let will_do = match build.build_status() {
                 Some(StatusType::InProgress) => is_same,
-                Some(StatusType::Succeeded) => is_same && self.exists(&ami_of(&build)?).await?,
+                Some(StatusType::Succeeded) => is_same && self.amis.exists(&ami_of(&build)?).await?,
                 _ => false,
             };
             if let (true, Some(id)) = (will_do, build.id) {
                 return Ok(id);
             }
         }
+        self.start(project, &start.environment(), request_id).await
+    }
+
+    /// Starts a build with these variables instead of the project's own; the same one for the same token, for the five
+    /// minutes that CodeBuild remembers it (AWS: StartBuild).
+    async fn start(&self, project: &str, variables: &[(&str, &str)], token: &str) -> Result<String, Failure> {
         let doing = || format!("starting a build of project {project}");
-        let mut request = self.codebuild.start_build().project_name(project).idempotency_token(request_id);
-        for (name, value) in start.environment().into_iter().chain([(BUILD_INPUTS, digest.as_str())]) {
-            let variable = EnvironmentVariable::builder().name(name).value(value).build();
+        let mut request = self.codebuild.start_build().project_name(project).idempotency_token(token);
+        for (name, value) in variables.iter().filter(|(_, value)| !value.is_empty()) {
+            let variable = EnvironmentVariable::builder().name(*name).value(*value).build();
             let variable = variable.map_err(|why| Failure::new(format!("{} failed: {why}", doing())))?;
             request = request.environment_variables_override(variable);
         }
-        let started = request.send().await.map_err(|error| Failure::aws(doing(), error))?;
+        let started = request.send().await.map_err(|error| Failure::aws(doing(), error));
+        let started = match started {
+            Err(mut failure) if failure.is(&[QUOTA_IS_USED_UP]) => {
+                failure.reason +=
+                    "; wait until other builds have ended, or ask Service Quotas for more concurrent builds";
+                return Err(failure);
+            }
+            started => started?,
+        };
         let build_id = started.build_value.and_then(|build| build.id);
         build_id.ok_or_else(|| Failure::new(format!("{} gave no build id", doing())))
     }
 
-    /// Whether nobody has deregistered the AMI.
-    async fn exists(&self, ami: &Ami) -> Result<bool, Failure> {
-        let found = self.ec2.describe_images().image_ids(&ami.ami_id).send().await;
-        match found.map_err(|error| Failure::aws(format!("looking for AMI {}", ami.ami_id), error)) {
-            Err(failure) if failure.is(&["InvalidAMIID.NotFound", "InvalidAMIID.Unavailable"]) => Ok(false),
-            found => Ok(!found?.images.unwrap_or_default().is_empty()),
+    /// Builds what the project's own variables say, if nobody has done so since it was asked for.
+    async fn rebuild(&self, project: &str, since: &DateTime) -> Result<Requested, Failure> {
+        let builds = self.builds(project).await?;
+        let described = self.codebuild.batch_get_projects().names(project).send().await;
+        let described = described.map_err(|error| Failure::aws(format!("looking at project {project}"), error))?;
+        let found = described.projects.into_iter().flatten().next();
+        let own =
+            found.and_then(|project| project.environment).and_then(|environment| environment.environment_variables);
+        let own = own.ok_or_else(|| Failure::new(format!("CodeBuild does not know project {project}")))?;
+        let is_own = |build: &&Build| own.iter().all(|asked| variable(build, asked.name()) == asked.value());
+        if builds.iter().filter(is_own).any(|build| build.start_time().is_some_and(|started| started >= since)) {
+            return Ok(Requested::Done);
         }
+        if builds.iter().any(|build| build.build_status() == Some(&StatusType::InProgress)) {
+            return Ok(Requested::Later);
+        }
+        // Two requests at once, or one that is delivered twice, get the same build.
+        let token = format!("rebuild after {}", builds.first().and_then(Build::id).unwrap_or("none"));
+        match self.start(project, &[], &token).await {
+            Ok(build_id) => info!(build_id, "a rebuild was started"),
+            Err(failure) if failure.is(&[QUOTA_IS_USED_UP]) => return Ok(Requested::Later),
+            Err(failure) => return Err(failure),
+        }
+        Ok(Requested::Done)
+    }
+
+    /// Tells those who have subscribed to the topic.
+    async fn tell(&self, subject: &str, message: &str) -> Result<(), Failure> {
+        error!(subject, message);
+        let topic = env::var("FAILURE_TOPIC_ARN").unwrap_or_default();
+        let told = self.sns.publish().topic_arn(&topic).subject(subject).message(message).send().await;
+        told.map(|_| ()).map_err(|error| Failure::aws(format!("telling topic {topic} of a failure"), error))
     }
 
     /// Stops those of the builds that run.
@@ -266,14 +354,6 @@ impl BuildAmi {
         Ok(())
     }
 
-    /// Publishes an AMI as the latest where it is, and under its name, which says that it has been published.
-    async fn publish(&self, ami: &Ami, is_latest: bool) -> Result<(), Failure> {
-        if is_latest {
-            self.put_parameter(LATEST, &ami.ami_id).await?;
-        }
-        self.put_parameter(&ami.parameter(), &ami.ami_id).await
-    }
-
     /// Whether no newer build of the project has succeeded: events may come late and twice.
     async fn is_newest(&self, build: &Build) -> Result<bool, Failure> {
         let builds = self.builds(build.project_name().unwrap_or_default()).await?;
@@ -281,45 +361,19 @@ impl BuildAmi {
         Ok(newest.is_none_or(|newest| newest.id() == build.id()))
     }
 
-    async fn put_parameter(&self, name: &str, ami_id: &str) -> Result<(), Failure> {
-        // Every resource of the chain gets here, and an event besides.
-        if self.parameter(name).await?.as_deref() == Some(ami_id) {
+    /// Deregisters the AMIs beyond the newest that are to be kept.
+    async fn remove_old(&self, project: &str) -> Result<(), Failure> {
+        let keep = env::var("AMIS_TO_KEEP").ok().and_then(|number| number.parse().ok()).unwrap_or(0);
+        if keep == 0 {
             return Ok(());
         }
-        self.ssm
-            .put_parameter()
-            .name(name)
-            .value(ami_id)
-            .r#type(ParameterType::String)
-            .data_type("aws:ec2:image")
-            .overwrite(true)
-            .send()
-            .await
-            .map(|_| ())
-            .map_err(|error| Failure::aws(format!("publishing AMI {ami_id} as parameter {name}"), error))
+        let mut old: Vec<_> = self.amis.of_project(project).await?.into_iter().skip(keep).collect();
+        let latest = self.amis.parameter(amis::LATEST).await?;
+        old.retain(|ami| Some(&ami.ami_id) != latest.as_ref());
+        self.amis.remove(&old).await
     }
 
-    async fn parameter(&self, name: &str) -> Result<Option<String>, Failure> {
-        let there = self.ssm.get_parameter().name(name).send().await;
-        match there.map_err(|error| Failure::aws(format!("reading parameter {name}"), error)) {
-            Err(failure) if failure.is(&[PARAMETER_IS_GONE]) => Ok(None),
-            there => Ok(there?.parameter.and_then(|parameter| parameter.value)),
-        }
-    }
-
-    /// Removes a parameter if it still holds one of these AMIs: another stack may have published since.
-    async fn withdraw(&self, name: &str, ami_ids: &[String]) -> Result<(), Failure> {
-        if !self.parameter(name).await?.is_some_and(|ami_id| ami_ids.contains(&ami_id)) {
-            return Ok(());
-        }
-        let removed = self.ssm.delete_parameter().name(name).send().await;
-        match removed.map_err(|error| Failure::aws(format!("removing parameter {name}"), error)) {
-            Err(failure) if !failure.is(&[PARAMETER_IS_GONE]) => Err(failure),
-            _ => Ok(()),
-        }
-    }
-
-    /// The sentence for a build that did not succeed: the phase, what CodeBuild says of it, the end of the log.
+    /// Why a build did not succeed: what its script said, the phase, what CodeBuild says of it, the end of the log.
     async fn why_not(&self, build: &Build) -> Failure {
         let id = build.id().unwrap_or_default();
         let status = build.build_status().map_or("unknown", StatusType::as_str);
@@ -332,15 +386,19 @@ impl BuildAmi {
             let contexts: Vec<_> = phase.contexts().iter().filter_map(|context| context.message()).collect();
             format!(" in phase {name}: {}", contexts.join("; "))
         });
-        let log = self.log_tail(build).await;
+        let lines = self.log_tail(build).await.unwrap_or_else(|failure| vec![format!("({failure})")]);
+        let said = said_by_script(&lines).map_or_else(String::new, |sentence| format!("{sentence} "));
         let link = build.logs().and_then(|logs| logs.deep_link()).unwrap_or("in the CodeBuild console");
-        Failure::new(format!("build {id} ended as {status}{where_it_ended}. The whole log: {link}. Its end:\n{log}"))
+        Failure::new(format!(
+            "{said}build {id} ended as {status}{where_it_ended}. The whole log: {link}. Its end:\n{}",
+            end_of(&lines)
+        ))
     }
 
-    async fn log_tail(&self, build: &Build) -> String {
+    async fn log_tail(&self, build: &Build) -> Result<Vec<String>, Failure> {
         let location = build.logs().and_then(|logs| Some((logs.group_name()?, logs.stream_name()?)));
         let Some((group, stream)) = location else {
-            return "(the build wrote no log)".into();
+            return Ok(vec!["(the build wrote no log)".into()]);
         };
         let events = self
             .logs
@@ -348,16 +406,11 @@ impl BuildAmi {
             .log_group_name(group)
             .log_stream_name(stream)
             .start_from_head(false)
-            .limit(LOG_LINES)
+            .limit(LOG_EVENTS)
             .send()
             .await;
-        match events {
-            Ok(events) => {
-                let lines = events.events.unwrap_or_default();
-                end_of(lines.iter().filter_map(|event| event.message()))
-            }
-            Err(error) => format!("({})", Failure::aws(format!("reading log stream {stream} of {group}"), error)),
-        }
+        let events = events.map_err(|error| Failure::aws(format!("reading log stream {stream} of {group}"), error))?;
+        Ok(events.events.unwrap_or_default().into_iter().filter_map(|event| event.message).collect())
     }
 }
 
@@ -370,14 +423,26 @@ impl Provider for BuildAmi {
         match resource_type {
             "Custom::HailAmi" => read_properties(properties).map(Properties::Start),
             "Custom::HailAmiWait" => read_properties(properties).map(Properties::Wait),
-            other => Err(format!("the resource type should be Custom::HailAmi or Custom::HailAmiWait and is {other}")),
+            "Custom::HailAmis" => read_properties(properties).map(Properties::All),
+            other => Err(format!(
+                "the resource type should be Custom::HailAmi, Custom::HailAmiWait or Custom::HailAmis and is {other}"
+            )),
         }
     }
 
     fn check(&self, new: &Properties) -> Result<(), String> {
         match new {
             Properties::Start(start) => start.check(),
-            Properties::Wait(_) => Ok(()),
+            Properties::Wait(_) | Properties::All(_) => Ok(()),
+        }
+    }
+
+    fn identity(&self, properties: &Properties) -> String {
+        match properties {
+            Properties::Start(start) => {
+                hex_digest(start.environment().into_iter().flat_map(|(name, value)| [name, value]))
+            }
+            Properties::Wait(_) | Properties::All(_) => String::new(),
         }
     }
 
@@ -385,11 +450,12 @@ impl Provider for BuildAmi {
         Ok(Answer::Later(match new {
             Properties::Start(start) => {
                 let build_id = self.find_or_start(&start, &resource.request_id).await?;
-                Awaited { project_name: start.project_name, build_id, last_wait: false }
+                Awaited::Build { project_name: start.project_name, build_id, last_wait: false }
             }
             Properties::Wait(Wait { project_name, build_id, last_wait }) => {
-                Awaited { project_name, build_id, last_wait }
+                Awaited::Build { project_name, build_id, last_wait }
             }
+            Properties::All(_) => return Ok(Answer::Now(Data::Nothing {})),
         }))
     }
 
@@ -399,80 +465,152 @@ impl Provider for BuildAmi {
         new: Properties,
         old: Option<Properties>,
     ) -> Result<Answer<Self>, Failure> {
-        // What this update goes away from is not wanted any more: a rollback may come in the middle of a build. A build
-        // that a person started is none of the stack's.
+        // What this update goes away from is not wanted any more: a rollback may come in the middle of a build.
         if let (Properties::Start(new), Some(Properties::Start(old))) = (&new, old)
-            && old.digest() != new.digest()
+            && old.environment() != new.environment()
         {
-            let abandoned = old.digest();
             let builds = self.builds(&new.project_name).await?;
-            self.stop(builds.iter().filter(|build| variable(build, BUILD_INPUTS) == Some(&abandoned))).await?;
+            self.stop(builds.iter().filter(|build| old.is_asked_of(build))).await?;
         }
         self.create(resource, new).await
     }
 
     async fn delete(&self, _: &Resource, old: Properties) -> Result<(), Failure> {
-        let Properties::Start(Start { project_name, .. }) = old else {
-            return Ok(());
+        let (project, policy, only) = match &old {
+            Properties::Wait(_) => return Ok(()),
+            Properties::Start(start) => (&start.project_name, start.ami_deletion_policy, Some(start)),
+            Properties::All(all) => (&all.project_name, all.ami_deletion_policy, None),
         };
-        let builds = match self.builds(&project_name).await {
-            Err(failure) if failure.is(&["ResourceNotFoundException"]) => return Ok(()),
+        let mut builds = match self.builds(project).await {
+            Err(failure) if failure.is(&["ResourceNotFoundException"]) => Vec::new(),
             builds => builds?,
         };
+        builds.retain(|build| only.is_none_or(|start| start.is_asked_of(build)));
         self.stop(builds.iter()).await?;
-        let amis: Vec<_> = builds.iter().filter_map(|build| ami_of(build).ok()).collect();
-        let ami_ids: Vec<_> = amis.iter().map(|ami| ami.ami_id.clone()).collect();
-        for ami in &amis {
-            self.withdraw(&ami.parameter(), &ami_ids).await?;
+        let mut amis: Vec<_> = builds.iter().filter_map(|build| ami_of(build).ok()).collect();
+        if only.is_none() {
+            // Also those of builds that CodeBuild no longer lists.
+            amis.extend(self.amis.of_project(project).await?);
+            amis.sort_by(|one, other| one.ami_id.cmp(&other.ami_id));
+            amis.dedup();
+            self.amis.withdraw(&amis).await?;
         }
-        self.withdraw(LATEST, &ami_ids).await
+        match policy {
+            DeletionPolicy::Retain => Ok(()),
+            DeletionPolicy::Delete => self.amis.remove(&amis).await,
+        }
+    }
+
+    fn rest_of_delete(&self, _: &Resource, old: &Properties) -> Option<Awaited> {
+        match old {
+            Properties::All(all) => Some(Awaited::CleanUp { project_name: all.project_name.clone() }),
+            // The event of the build's end has it cleaned up: the function is still there.
+            Properties::Start(_) | Properties::Wait(_) => None,
+        }
     }
 
     fn key(&self, awaited: &Awaited) -> String {
-        key_of(&awaited.build_id)
+        match awaited {
+            Awaited::Build { build_id, .. } => key_of(build_id),
+            Awaited::CleanUp { project_name } => format!("clean-up-{}", &hex_digest([project_name.as_str()])[..32]),
+        }
     }
 
     async fn poll(&self, awaited: &Awaited) -> Result<Progress<Self>, Failure> {
-        let build = self.build(&awaited.build_id).await?;
+        let build_id = match awaited {
+            Awaited::Build { build_id, .. } => build_id,
+            Awaited::CleanUp { project_name } => {
+                let nothing_left = self.leftovers.remove(OF_PROJECT, project_name).await?;
+                return Ok(if nothing_left {
+                    Progress::Ready(Data::Nothing {})
+                } else {
+                    Progress::Waiting(awaited.clone())
+                });
+            }
+        };
+        let build = self.build(build_id).await?;
         match build.build_status() {
             Some(StatusType::InProgress) => Ok(Progress::Waiting(awaited.clone())),
             Some(StatusType::Succeeded) => {
                 let ami = ami_of(&build)?;
                 // What the stack asks for is the latest, also where it goes back to an older one.
-                self.publish(&ami, true).await?;
+                self.amis.publish(&ami, true).await?;
                 let status = StatusType::Succeeded.to_string();
-                Ok(Progress::Ready(Data { build_id: awaited.build_id.clone(), status, ami: Some(ami) }))
+                let build_id = build_id.clone();
+                Ok(Progress::Ready(Data::Build(BuildData { build_id, status, ami: Some(ami) })))
             }
             _ => Err(self.why_not(&build).await),
         }
     }
 
     fn gave_up(&self, awaited: &Awaited) -> Result<Data, Failure> {
-        let Awaited { project_name, build_id, last_wait } = awaited;
+        let (project_name, build_id, last_wait) = match awaited {
+            Awaited::Build { project_name, build_id, last_wait } => (project_name, build_id, last_wait),
+            Awaited::CleanUp { project_name } => {
+                return Err(Failure::new(format!(
+                    "what the stopped builds of project {project_name} left is still there: EC2 has not ended their \
+                     instance within an hour. Delete the stack again"
+                )));
+            }
+        };
         if *last_wait {
             return Err(Failure::new(format!(
                 "build {build_id} of project {project_name} is still running after all the time that the stack waits; \
                  look at it in the CodeBuild console. If it succeeds its AMI will be published all the same"
             )));
         }
-        Ok(Data { build_id: build_id.clone(), status: StatusType::InProgress.to_string(), ami: None })
+        let status = StatusType::InProgress.to_string();
+        Ok(Data::Build(BuildData { build_id: build_id.clone(), status, ami: None }))
     }
 
     fn key_in(&self, event: &Value) -> Result<String, Failure> {
         Ok(key_of(&build_id_in(event)?))
     }
 
-    /// Publishes the AMI, whoever started its build.
-    async fn noticed(&self, event: Value) -> Result<(), Failure> {
-        let build = self.build(&build_id_in(&event)?).await?;
-        if build.build_status() == Some(&StatusType::Succeeded) {
-            let ami = ami_of(&build)?;
-            // An event that comes late or twice must not undo what has been published since.
-            if self.parameter(&ami.parameter()).await?.is_none() {
-                self.publish(&ami, self.is_newest(&build).await?).await?;
+    /// Publishes the AMI, whoever started its build, and removes old ones; tells of a failure.
+    async fn noticed(&self, event: Value) -> Result<Option<Value>, Failure> {
+        let build_id = build_id_in(&event)?;
+        let build = self.build(&build_id).await?;
+        match build.build_status() {
+            Some(StatusType::Succeeded) => {
+                let ami = ami_of(&build)?;
+                // An event that comes late or twice must not undo what has been published since.
+                if self.amis.parameter(&ami.parameter()).await?.is_none() {
+                    self.amis.publish(&ami, self.is_newest(&build).await?).await?;
+                }
+                self.remove_old(build.project_name().unwrap_or_default()).await?;
+                return Ok(None);
+            }
+            Some(StatusType::InProgress) | None => return Ok(None),
+            // Whoever stopped it knows.
+            Some(StatusType::Stopped) => {}
+            Some(_) => {
+                let why = self.why_not(&build).await;
+                self.tell("A build of the Hail AMI has failed", &why.reason).await?;
             }
         }
-        Ok(())
+        let request = serde_json::to_value(Request::CleanUp { build_id });
+        request.map(Some).map_err(|why| Failure::new(format!("the function has a defect: {why}")))
+    }
+
+    async fn requested(&self, request: &Value) -> Result<Requested, Failure> {
+        let asked = |why: String| Failure::new(format!("the request cannot be read: {why}"));
+        let (project_name, reason, time) = match read_properties(request.clone()).map_err(asked)? {
+            Request::Rebuild { project_name, reason, time } => (project_name, reason, time),
+            Request::CleanUp { build_id } => {
+                let nothing_left = self.leftovers.remove(OF_BUILD, &build_id).await?;
+                return Ok(if nothing_left { Requested::Done } else { Requested::Later });
+            }
+        };
+        let since = DateTime::from_str(&time, Format::DateTime).map_err(|why| asked(format!("Time {time}: {why}")))?;
+        match self.rebuild(&project_name, &since).await {
+            Err(failure) if !failure.transient => {
+                let message = format!("{failure}. A rebuild was asked for: {reason} ({time})");
+                self.tell("A rebuild of the Hail AMI could not be started", &message).await?;
+                Ok(Requested::Done)
+            }
+            rebuilt => rebuilt,
+        }
     }
 }
 
@@ -488,12 +626,13 @@ fn build_id_in(event: &Value) -> Result<String, Failure> {
 }
 
 /// The last lines, as many as leave room for the rest of a reason. What went wrong stands at the very end.
-fn end_of<'a>(lines: impl DoubleEndedIterator<Item = &'a str>) -> String {
+fn end_of(lines: &[String]) -> String {
+    const LINES: usize = 15;
     const BYTES: usize = 2000;
     const LINE: usize = 300;
     let mut kept: Vec<String> = Vec::new();
     let mut bytes = 0;
-    for line in lines.rev() {
+    for line in lines.iter().rev().take(LINES) {
         let line: String = line.trim_end().chars().take(LINE).collect();
         bytes += line.len();
         if bytes > BYTES {
@@ -504,14 +643,21 @@ fn end_of<'a>(lines: impl DoubleEndedIterator<Item = &'a str>) -> String {
     kept.join("\n")
 }
 
+/// The sentence by which a script in `packer/` ended the build, as one that others can follow.
+fn said_by_script(lines: &[String]) -> Option<String> {
+    let said = lines.iter().find_map(|line| line.split_once(SCRIPT_SAYS))?.1.trim();
+    Some(if said.ends_with(['.', '!', '?']) { said.to_owned() } else { format!("{said}.") })
+}
+
 /// The unique part of `project:uuid`.
 fn key_of(build_id: &str) -> String {
     build_id.rsplit(':').next().unwrap_or_default().to_owned()
 }
 
-fn variable<'a>(build: &'a Build, name: &str) -> Option<&'a str> {
+/// The value of a variable of a build; empty where it has none of this name.
+fn variable<'a>(build: &'a Build, name: &str) -> &'a str {
     let variables = build.environment().map(|environment| environment.environment_variables()).unwrap_or_default();
-    variables.iter().find(|variable| variable.name() == name).map(EnvironmentVariable::value)
+    variables.iter().find(|variable| variable.name() == name).map_or("", EnvironmentVariable::value)
 }
 
 /// The AMI that a successful build exports.
@@ -535,43 +681,43 @@ fn ami_of(build: &Build) -> Result<Ami, Failure> {
 mod tests {
     use super::*;
 
-    fn start(hail: &str, vep: &str, emr: &str) -> Start {
-        Start {
-            project_name: "hail".into(),
-            ami_name: "hail".into(),
-            hail_version: hail.into(),
-            vep_version: vep.into(),
-            emr_release_label: emr.into(),
-            rebuild_token: String::new(),
-        }
-    }
-
-    #[test]
-    fn versions_that_do_not_go_together_are_refused_with_the_ones_that_do() {
-        assert_eq!(start("0.2.139", "none", "emr-7.13.0").check(), Ok(()));
-        let why = start("0.2.9", "none", "emr-7.13.0").check().unwrap_err();
-        assert!(
-            why.starts_with("property HailVersion: \"0.2.9\" does not go with emr-7.13.0") && why.contains("0.2.139")
-        );
-        let why = start("0.2.139", "none", "emr-5.1.0").check().unwrap_err();
-        assert!(why.contains("property EmrReleaseLabel: \"emr-5.1.0\"") && why.contains("it should be emr-7.13.0"));
-        let why = start("0.2.139", "latest", "emr-7.13.0").check().unwrap_err();
-        assert!(why.contains("property VepVersion: \"latest\" should be none or one of"));
-    }
-
     #[test]
     fn the_end_of_a_log_keeps_its_last_line_whatever_comes_before() {
         let long = "x".repeat(4000);
-        let log = ["first", &long, &long, &long, &long, &long, &long, &long, "Error: the cause\n"];
-        let end = end_of(log.into_iter());
+        let log = ["first", &long, &long, &long, &long, &long, &long, &long, "Error: the cause\n"].map(str::to_owned);
+        let end = end_of(&log);
         assert!(end.ends_with("\nError: the cause") && end.len() < 2100 && !end.contains("first"), "{end}");
     }
 
     #[test]
-    fn a_rebuild_token_asks_for_another_ami() {
-        let first = start("0.2.139", "none", "emr-7.13.0");
-        let again = Start { rebuild_token: "2".into(), ..start("0.2.139", "none", "emr-7.13.0") };
-        assert_eq!(first.digest(), start("0.2.139", "none", "emr-7.13.0").digest());
-        assert_ne!(first.digest(), again.digest());
+    fn what_a_script_says_is_found_within_what_packer_writes_around_it() {
+        let log = ["==> amazon-ebs.hail: x.sh: hail-ami error: no cache\n", "==> amazon-ebs.hail: Terminating\n"];
+        assert_eq!(said_by_script(&log.map(str::to_owned)).as_deref(), Some("no cache."));
+        assert_eq!(said_by_script(&["Timeout waiting for SSH".to_owned()]), None);
+    }
+
+    #[test]
+    fn everything_that_makes_another_ami_makes_another_resource_of_it() {
+        let given = |name: &str, value: &str| {
+            let mut properties = serde_json::json!({
+                "ProjectName": "p", "AmiName": "hail", "HailVersion": "0.2.139", "VepVersion": "none",
+                "EmrReleaseLabel": "emr-7.13.0",
+            });
+            properties[name] = value.into();
+            let start: Start = read_properties(properties).unwrap();
+            start.environment().map(|(name, value)| (name, value.to_owned()))
+        };
+        let before = given("AmiName", "hail");
+        for name in
+            ["HailVersion", "VepVersion", "EmrReleaseLabel", "Architecture", "KmsKeyId", "RebuildToken", "AmiName"]
+        {
+            assert_ne!(given(name, "other"), before, "{name}");
+        }
+        for name in ["RKernel", "AllowUntestedVersions"] {
+            assert_ne!(given(name, "true"), before, "{name}");
+        }
+        for (name, value) in [("AmiDeletionPolicy", "Delete"), ("ProjectName", "q"), ("RKernel", "false")] {
+            assert_eq!(given(name, value), before, "{name}");
+        }
     }
 }

@@ -93,6 +93,11 @@ pub trait Provider {
     /// Takes away what it made and nothing else. Succeeds when that is already gone.
     async fn delete(&self, resource: &Resource, old: Self::Properties) -> Result<(), Failure>;
 
+    /// What of a Delete `delete` has only begun: `poll` carries it on, and the answer waits for that.
+    fn rest_of_delete(&self, _resource: &Resource, _old: &Self::Properties) -> Option<Self::Awaited> {
+        None
+    }
+
     /// A name for what is waited for, by which an event finds the request: letters, digits, `-`, `_` and `.`, at
     /// most 64. One request waits under a name; a newer one takes its place.
     fn key(&self, _awaited: &Self::Awaited) -> String {
@@ -114,10 +119,24 @@ pub trait Provider {
         Err(Failure::new("this function takes no events"))
     }
 
-    /// Does what else an event is good for, after the request has been looked at.
-    async fn noticed(&self, _event: Value) -> Result<(), Failure> {
-        Ok(())
+    /// Does what a rule of EventBridge asks for in `{"Request": ...}`; the same request may come many times.
+    async fn requested(&self, _request: &Value) -> Result<Requested, Failure> {
+        Err(Failure::new("this function takes no requests of rules"))
     }
+
+    /// Does what else an event is good for, after the request has been looked at. What it gives is a request as
+    /// [`Provider::requested`] takes it, to be met from now on.
+    async fn noticed(&self, _event: Value) -> Result<Option<Value>, Failure> {
+        Ok(None)
+    }
+}
+
+/// What came of a rule's request.
+pub enum Requested {
+    /// It has been met.
+    Done,
+    /// It cannot be met now: it is asked again every minute.
+    Later,
 }
 
 /// What a Create or an Update answers.
@@ -304,17 +323,41 @@ impl<P: Provider> Function<P> {
             Box::pin(self.answer_request(payload, &invocation)).await
         } else if let Some(key) = payload.pointer("/Deferred/Key").and_then(Value::as_str) {
             Box::pin(self.advance(key, &invocation)).await
+        } else if payload.get("Request").is_some() {
+            Box::pin(self.meet(payload, &invocation)).await
         } else if payload.get("detail-type").is_some() {
             let key = self.provider.key_in(&payload)?;
             // Whoever waits hears of a failure first, and of one in what comes after all the same.
             let advanced = Box::pin(self.advance(&key, &invocation)).await;
-            guarded(self.provider.noticed(payload), invocation.time_for_work()).await?;
+            let noticed = guarded(self.provider.noticed(payload), invocation.time_for_work()).await?;
+            if let Some(request) = noticed {
+                Box::pin(self.meet(json!({ "Request": request }), &invocation)).await?;
+            }
             advanced
         } else {
             Err(Undone(
-                "the payload is neither a CloudFormation request, an EventBridge event nor a schedule's tick".into(),
+                "the payload is neither a CloudFormation request, an EventBridge event, a rule's request nor a schedule's tick".into(),
             ))
         }
+    }
+
+    /// Meets a rule's request, now or as soon as it can be.
+    async fn meet(&self, payload: Value, invocation: &Invocation) -> Result<(), Undone> {
+        let room = self.waiting_room()?;
+        let key = format!("request-{}", &hex_digest([payload["Request"].to_string().as_str()])[..32]);
+        let requested = guarded(self.provider.requested(&payload["Request"]), invocation.time_for_work()).await;
+        match requested {
+            Ok(Requested::Done) => {
+                room.forget(&key).await?;
+            }
+            Ok(Requested::Later) => room.remind(&key, &payload, &invocation.function_arn).await?,
+            Err(failure) if failure.transient => {
+                room.remind(&key, &payload, &invocation.function_arn).await?;
+                warn!(why = failure.reason, key, "the request is asked again in a minute");
+            }
+            Err(failure) => return Err(failure.into()),
+        }
+        Ok(())
     }
 
     async fn answer_request(&self, payload: Value, invocation: &Invocation) -> Result<(), Undone> {
@@ -362,7 +405,14 @@ impl<P: Provider> Function<P> {
         let answer = match request_type {
             // The answer names the id that it was given, which after a Create that timed out is one of
             // CloudFormation's own invention.
-            "Delete" => return self.provider.delete(&resource, new).await.map(|()| Done::Now(Value::Null)),
+            "Delete" => {
+                let rest = self.provider.rest_of_delete(&resource, &new);
+                self.provider.delete(&resource, new).await?;
+                match rest {
+                    None => return Ok(Done::Now(Value::Null)),
+                    Some(awaited) => Answer::Later(awaited),
+                }
+            }
             "Create" | "Update" => {
                 self.provider.check(&new).map_err(Failure::new)?;
                 physical_id.replace(derived);

@@ -13,6 +13,9 @@
 //! The price of the last: an invocation that dies in the fraction of a second between the deletion and the delivery
 //! leaves CloudFormation to its own time-out. The other order would risk two answers that differ.
 //!
+//! A request of an event that cannot be met now waits in the same way, and is asked again every minute: see
+//! [`WaitingRoom::remind`].
+//!
 //! The input holds the response URL. It lives for as long as the request waits, where only `scheduler:GetSchedule`
 //! on this group can read it, and it can answer this one request only.
 
@@ -78,10 +81,10 @@ impl WaitingRoom {
                 .group_name(&self.group)
                 .schedule_expression(EVERY_MINUTE)
                 .flexible_time_window(at_once()?)
-                .target(self.target(deferral, function_arn)?)
+                .target(self.target(&json!({ "Deferred": deferral }), function_arn)?)
                 .send()
                 .await
-                .map_err(|error| Failure::aws(self.putting(deferral), error));
+                .map_err(|error| Failure::aws(self.putting(&deferral.key), error));
             match created {
                 Err(failure) if failure.is(&["ConflictException"]) => {}
                 other => return other.map(|_| ()),
@@ -110,29 +113,58 @@ impl WaitingRoom {
             .group_name(&self.group)
             .schedule_expression(EVERY_MINUTE)
             .flexible_time_window(at_once()?)
-            .target(self.target(deferral, function_arn)?)
+            .target(self.target(&json!({ "Deferred": deferral }), function_arn)?)
             .send()
             .await
-            .map_err(|error| Failure::aws(self.putting(deferral), error));
+            .map_err(|error| Failure::aws(self.putting(&deferral.key), error));
         match replaced {
             Err(failure) if failure.is(&[IS_GONE]) => Ok(false),
             replaced => replaced.map(|_| true),
         }
     }
 
-    fn putting(&self, deferral: &Deferral) -> String {
-        format!("letting the request wait for {} in schedule group {}", deferral.key, self.group)
+    /// Invokes the function with this payload again, every minute until [`WaitingRoom::forget`].
+    pub async fn remind(&self, key: &str, payload: &Value, function_arn: &str) -> Result<(), Failure> {
+        let created = self
+            .scheduler
+            .create_schedule()
+            .name(key)
+            .group_name(&self.group)
+            .schedule_expression(EVERY_MINUTE)
+            .flexible_time_window(at_once()?)
+            .target(self.target(payload, function_arn)?)
+            .send()
+            .await
+            .map_err(|error| Failure::aws(self.putting(key), error));
+        match created {
+            Err(failure) if failure.is(&["ConflictException"]) => Ok(()),
+            created => created.map(|_| ()),
+        }
     }
 
-    fn target(&self, deferral: &Deferral, function_arn: &str) -> Result<Target, Failure> {
+    /// Ends the reminders, if there were any. True for the one caller who did.
+    pub async fn forget(&self, key: &str) -> Result<bool, Failure> {
+        let gone = self.scheduler.delete_schedule().name(key).group_name(&self.group).send().await;
+        match gone.map_err(|error| Failure::aws(format!("taking the request {key} out of {}", self.group), error)) {
+            Ok(_) => Ok(true),
+            Err(failure) if failure.is(&[IS_GONE]) => Ok(false),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    fn putting(&self, key: &str) -> String {
+        format!("letting the request wait for {key} in schedule group {}", self.group)
+    }
+
+    fn target(&self, payload: &Value, function_arn: &str) -> Result<Target, Failure> {
         Target::builder()
             .arn(function_arn)
             .role_arn(&self.role_arn)
-            .input(json!({ "Deferred": deferral }).to_string())
+            .input(payload.to_string())
             // The next minute is the retry.
             .retry_policy(RetryPolicy::builder().maximum_retry_attempts(0).build())
             .build()
-            .map_err(|why| Failure::new(format!("{} failed: {why}", self.putting(deferral))))
+            .map_err(|why| Failure::new(format!("a request cannot wait in schedule group {}: {why}", self.group)))
     }
 
     /// The request that waits under this name.
@@ -160,14 +192,7 @@ impl WaitingRoom {
             Some(there) if there.callback.is_same_request(&deferral.callback) => {}
             _ => return Ok(false),
         }
-        let taken = self.scheduler.delete_schedule().name(&deferral.key).group_name(&self.group).send().await;
-        match taken.map_err(|error| {
-            Failure::aws(format!("taking the request that waits for {} out of {}", deferral.key, self.group), error)
-        }) {
-            Ok(_) => Ok(true),
-            Err(failure) if failure.is(&[IS_GONE]) => Ok(false),
-            Err(failure) => Err(failure),
-        }
+        self.forget(&deferral.key).await
     }
 }
 

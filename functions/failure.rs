@@ -47,6 +47,14 @@ impl Failure {
         Self { reason: format!("{doing} failed: {why}"), code, transient }
     }
 
+    /// What AWS answered about one of the many things that a call was about.
+    pub fn answered(doing: impl Display, code: Option<&str>, message: Option<&str>) -> Self {
+        let code = code.unwrap_or("no code");
+        let transient = is_transient(code);
+        let reason = format!("{doing} failed: {code}: {}", message.unwrap_or("no message"));
+        Self { reason, code: Some(code.to_owned()), transient }
+    }
+
     /// Whether AWS answered with one of these error codes.
     pub fn is(&self, codes: &[&str]) -> bool {
         self.code.as_deref().is_some_and(|code| codes.contains(&code))

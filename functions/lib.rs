@@ -8,6 +8,7 @@
 //! | [`deferred`] | where a request waits whose answer comes from an event |
 //! | [`failure`] | errors, written for the person who reads the stack events |
 //! | [`seed_buckets`] | `Custom::BucketSeed` in hail-s3 |
+//! | [`remove_buckets`] | `Custom::BucketRemoval` in hail-s3 |
 //! | [`build_ami`] | `Custom::HailAmi` and `Custom::HailAmiWait` in hail-ami |
 //! | [`add_plot_steps`] | `Custom::LivyPlotSteps` in hail-emr |
 //! | [`refresh_notebook`] | `Custom::NotebookRefresh` in hail-jupyter |
@@ -28,4 +29,5 @@ pub mod custom_resource;
 pub mod deferred;
 pub mod failure;
 pub mod refresh_notebook;
+pub mod remove_buckets;
 pub mod seed_buckets;

@@ -3,7 +3,7 @@
 //!
 //! | | |
 //! |---|---|
-//! | properties | `HailBucket`, `NotebookBucket`; `AssetsDigest`, which changes when the assets do |
+//! | properties | `HailBucket`, `NotebookBucket`; `LogBucket`, which has to be there and gets nothing; `AssetsDigest`, which changes when the assets do |
 //! | Data | `AssetsDigest`; `NotebookDigest`, which changes when what goes to the notebook bucket does; `Uploaded`, `Unchanged`, `Removed` (counts); `Kept` (objects that people changed, or `nothing`); `PackerZip` (key) |
 //! | Create, Update | make the buckets hold what is shipped |
 //! | Delete | removes what it put and nothing else |
@@ -71,6 +71,7 @@ pub struct SeedBuckets {
 #[serde(rename_all = "PascalCase")]
 pub struct Properties {
     hail_bucket: String,
+    log_bucket: String,
     notebook_bucket: String,
     assets_digest: String,
 }
@@ -211,6 +212,7 @@ impl SeedBuckets {
                 self.assets.display()
             ))
         })?;
+        self.find_buckets(properties).await?;
         let manifest = self.read_manifest(&buckets, owner).await?;
         let there = self.list(&buckets, IfGone::Fail).await?;
 
@@ -277,6 +279,20 @@ impl SeedBuckets {
             kept: name_some(&buckets, kept),
             packer_zip: PACKER_ZIP,
         })
+    }
+
+    /// Buckets that were there before may be misspelt, somebody else's or in another region; the logs' would miss them
+    /// without a word.
+    async fn find_buckets(&self, properties: &Properties) -> Result<(), Failure> {
+        for bucket in [&properties.hail_bucket, &properties.log_bucket, &properties.notebook_bucket] {
+            let found = self.s3.list_objects_v2().bucket(bucket).max_keys(1).send().await;
+            found.map_err(|error| {
+                let failure = Failure::aws(format!("looking for bucket {bucket}"), error);
+                let hint = "the stack uses a bucket of this account and region, or creates it itself";
+                Failure { reason: format!("{}; {hint}", failure.reason), ..failure }
+            })?;
+        }
+        Ok(())
     }
 
     async fn carry_out(
@@ -688,8 +704,12 @@ mod tests {
 
     #[test]
     fn the_data_names_ten_kept_objects_and_counts_the_rest() {
-        let properties =
-            Properties { hail_bucket: "h".into(), notebook_bucket: "n".into(), assets_digest: String::new() };
+        let properties = Properties {
+            hail_bucket: "h".into(),
+            log_bucket: "l".into(),
+            notebook_bucket: "n".into(),
+            assets_digest: String::new(),
+        };
         let places = (0..12).map(|number| (Bucket::Notebook, format!("common-notebooks/{number:02}"))).collect();
         let text = name_some(&Buckets(&properties), places);
         assert!(text.starts_with("s3://n/common-notebooks/00, ") && text.ends_with(", and 2 more"), "{text}");

@@ -36,10 +36,27 @@ variable "samtools_version" {
   type = string
 }
 
-variable "build_inputs" {
+variable "hail_revision" {
   type        = string
-  description = "Digest of what the build was started with; empty for builds started by hand."
+  description = "The commit that hail_version stands for where it is a git ref; empty where it is a version on PyPI."
   default     = ""
+}
+
+variable "r_kernel" {
+  type        = string
+  description = "true or false."
+  default     = "false"
+}
+
+variable "build_project" {
+  type        = string
+  description = "The CodeBuild project; what may be done with an AMI is told by this tag of it."
+  default     = ""
+}
+
+variable "build_id" {
+  type    = string
+  default = ""
 }
 
 variable "architecture" {
@@ -82,13 +99,35 @@ variable "open_data_bucket" {
 
 variable "kms_key_id" {
   type        = string
-  description = "Encrypts the image with this key; empty leaves it to the account's default."
+  description = "Encrypts the volume, and so the image, with this key; empty leaves it to the account's default."
   default     = ""
 }
 
 variable "root_volume_size" {
   type        = number
   description = "GiB. EMR takes 15 to 100."
+}
+
+locals {
+  tags = {
+    Name              = var.ami_name
+    hail-version      = var.hail_version
+    hail-revision     = var.hail_revision
+    vep-version       = var.vep_version
+    emr-release-label = var.emr_release_label
+    spark-version     = var.spark_version
+    python-version    = var.python_version
+    htslib-version    = var.htslib_version
+    samtools-version  = var.samtools_version
+    packer-version    = var.packer_version
+    r-kernel          = var.r_kernel
+    architecture      = var.architecture
+    root-volume-size  = var.root_volume_size
+    source-ami        = "{{ .SourceAMI }}"
+    source-ami-name   = "{{ .SourceAMIName }}"
+    build-project     = var.build_project
+    build-id          = var.build_id
+  }
 }
 
 source "amazon-ebs" "hail" {
@@ -136,9 +175,11 @@ source "amazon-ebs" "hail" {
     throughput            = 125
     volume_size           = var.root_volume_size
     delete_on_termination = true
+
+    # Encrypted from its first block, so that the image need not be copied to become so (encrypt_boot).
+    encrypted  = var.kms_key_id == "" ? null : true
+    kms_key_id = var.kms_key_id == "" ? null : var.kms_key_id
   }
-  encrypt_boot = var.kms_key_id == "" ? null : true
-  kms_key_id   = var.kms_key_id
 
   # A snapshot of an image with VEP takes longer than the 30 minutes that Packer waits of itself.
   aws_polling {
@@ -146,27 +187,19 @@ source "amazon-ebs" "hail" {
     max_attempts  = 180
   }
 
+  # By these build-ami finds what a build leaves that is stopped before Packer can clean up.
   run_tags = {
-    Name = "packer ${var.ami_name}"
+    Name          = "packer ${var.ami_name}"
+    build-project = var.build_project
+    build-id      = var.build_id
   }
   run_volume_tags = {
-    Name = "packer ${var.ami_name}"
+    Name          = "packer ${var.ami_name}"
+    build-project = var.build_project
+    build-id      = var.build_id
   }
-  tags = {
-    Name              = var.ami_name
-    hail-version      = var.hail_version
-    vep-version       = var.vep_version
-    emr-release-label = var.emr_release_label
-    spark-version     = var.spark_version
-    python-version    = var.python_version
-    htslib-version    = var.htslib_version
-    samtools-version  = var.samtools_version
-    packer-version    = var.packer_version
-    root-volume-size  = var.root_volume_size
-    build-inputs      = var.build_inputs
-    source-ami        = "{{ .SourceAMI }}"
-    source-ami-name   = "{{ .SourceAMIName }}"
-  }
+  tags          = local.tags
+  snapshot_tags = local.tags
 }
 
 build {
@@ -180,6 +213,9 @@ build {
   provisioner "shell" {
     environment_vars = [
       "HAIL_VERSION=${var.hail_version}",
+      "HAIL_REVISION=${var.hail_revision}",
+      "SPARK_VERSION=${var.spark_version}",
+      "R_KERNEL=${var.r_kernel}",
       "VEP_VERSION=${var.vep_version}",
       "PYTHON_VERSION=${var.python_version}",
       "HAIL_BUCKET=${var.hail_bucket}",
@@ -188,8 +224,8 @@ build {
     ]
     execute_command = "sudo env {{ .Vars }} bash -e '{{ .Path }}'"
     inline = [
-      for script in ["vep-cache", "system", "hail", "samtools", "vep", "tests", "clean"] :
-      "bash /tmp/scripts/${script}.sh"
+      for script in ["vep-cache", "system", "hail", "samtools", "r", "vep", "tests", "clean"] :
+      "echo hail-ami: ${script}; bash /tmp/scripts/${script}.sh"
     ]
   }
 

@@ -4,15 +4,14 @@ A test leaves these as it found them. What fails on purpose is a stack beside th
 local AWS of its own (`elsewhere`).
 """
 
-import contextlib
 import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import botocore.exceptions
 import pytest
+from by_hand import CloudFormation, numbers
 from local_aws import LocalAws
 from stacks import CODE_BUCKET, NAMES, Stacks, architecture
 
@@ -147,6 +146,8 @@ class Laboratory(Stacks):
             ("rules", "events", "list_rules", "Rules", "Name"),
             ("schedule groups", "scheduler", "list_schedule_groups", "ScheduleGroups", "Name"),
             ("schedules", "scheduler", "list_schedules", "Schedules", "Name"),
+            ("subscriptions", "sns", "list_subscriptions", "Subscriptions", "Endpoint"),
+            ("topics", "sns", "list_topics", "Topics", "TopicArn"),
             ("security groups", "ec2", "describe_security_groups", "SecurityGroups", "GroupId"),
         ):
             found = getattr(self.client(service), operation)()[member]
@@ -157,7 +158,8 @@ class Laboratory(Stacks):
         """The builds of a project, or of all, the newest first."""
         codebuild = self.client("codebuild")
         listed = codebuild.list_builds_for_project(projectName=project) if project else codebuild.list_builds()
-        return codebuild.batch_get_builds(ids=listed["ids"])["builds"] if listed["ids"] else []
+        batches = [listed["ids"][first : first + 100] for first in range(0, len(listed["ids"]), 100)]
+        return [build for ids in batches for build in codebuild.batch_get_builds(ids=ids)["builds"]]
 
     def log_lines(self):
         """(log group, line) of all that was logged since the last time."""
@@ -229,6 +231,39 @@ def elsewhere(laboratory, tmp_path):
         check_protocol(other)
 
 
+@pytest.fixture(scope="session")
+def cloudformation_of_session(laboratory):
+    made = CloudFormation(laboratory)
+    yield made
+    made.check()
+    made.server.shutdown()
+
+
+@pytest.fixture
+def cloudformation(cloudformation_of_session, system, published):
+    """Every request that a test sends has exactly one answer, and nothing waits or runs when the test is over."""
+    earlier = len(cloudformation_of_session.asked)
+    yield cloudformation_of_session
+    system.as_always()
+    cloudformation_of_session.check(since=earlier)
+    assert system.client("scheduler").list_schedules()["Schedules"] == []
+    assert [build["id"] for build in system.builds() if build["buildStatus"] == "IN_PROGRESS"] == []
+
+
+
+@pytest.fixture
+def ami(system):
+    """Properties of an AMI that nobody has built yet."""
+    return {
+        "ProjectName": system.resource("hail-ami", "BuildProject"),
+        "AmiName": "by-hand",
+        "HailVersion": "0.2.139",
+        "VepVersion": "none",
+        "EmrReleaseLabel": "emr-7.13.0",
+        "RebuildToken": str(next(numbers)),
+    }
+
+
 def check_protocol(stacks, since=0):
     """What holds for every request of CloudFormation, or for those after the first so many, whatever a test did."""
     for asked in stacks.aws.control("answers")[since:]:
@@ -238,14 +273,3 @@ def check_protocol(stacks, since=0):
     for group, line in stacks.log_lines():
         assert "X-Amz-Signature" not in line and "/response/" not in line, f"a response URL in {group}: {line}"
     assert stacks.aws.control("refused") == []
-
-
-def eventually(question, seconds=10):
-    """The first true answer; an error of AWS is none."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        with contextlib.suppress(botocore.exceptions.ClientError):
-            if answer := question():
-                return answer
-        time.sleep(0.02)
-    raise AssertionError(f"not within {seconds} s")

@@ -181,8 +181,8 @@ class Demo:
             self.empty(name)
         ec2 = self.client("ec2")
         ami = self.outputs["hail-ami"]["AmiId"]
-        console.print(f"  AMI {ami}: deregistered by hand")
-        ec2.deregister_image(ImageId=ami)
+        console.print(f"  AMI {ami}: deregistered by hand, with its snapshot")
+        ec2.deregister_image(ImageId=ami, DeleteAssociatedSnapshots=True)
 
     def empty(self, bucket):
         s3 = self.client("s3")
@@ -227,6 +227,10 @@ class Demo:
                 for one in self.client("sagemaker").list_notebook_instances()["NotebookInstances"]
             ],
             "AMIs": [image["Name"] for image in self.client("ec2").describe_images(Owners=["self"])["Images"]],
+            "snapshots": [
+                one["SnapshotId"] for one in self.client("ec2").describe_snapshots(OwnerIds=["self"])["Snapshots"]
+            ],
+            "topics": [one["TopicArn"] for one in self.client("sns").list_topics()["Topics"]],
         }
         table = Table("kind", "left")
         for kind, names in left.items():

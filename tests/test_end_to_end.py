@@ -9,7 +9,7 @@ import zipfile
 import assets_digest
 import pytest
 from botocore.exceptions import ClientError
-from conftest import eventually
+from by_hand import eventually
 from stacks import NAMES, ROOT, Failed
 
 STEPS = [
@@ -107,6 +107,7 @@ def test_later_stacks_find_in_the_parameter_store_what_earlier_ones_made(system,
         "/hail/s3/emrlogs": buckets["LogBucket"],
         "/hail/s3/sagemaker": buckets["NotebookBucket"],
         "/hail/s3/roda": "hail-vep-pipeline",
+        "/hail/s3/kms-key": "none",
         "/hail/s3/assets": outputs["hail-s3"]["NotebookDigest"],
         "/hail/jupyter/ada/security-group": outputs["hail-jupyter"]["SecurityGroup"],
         f"/hail/ami/{ami['AmiName']}": ami["AmiId"],
@@ -291,8 +292,8 @@ def test_an_unknown_hail_version_is_refused_before_anything_is_built(system):
     before, builds = system.there(), len(system.builds())
     assert system.create("hail-ami", "refused", HailVersion="0.2.9") == "ROLLBACK_COMPLETE"
     (reason,) = system.reasons("refused")
-    assert 'Ami: ' in reason and 'property HailVersion: "0.2.9" does not go with emr-7.13.0' in reason
-    assert "it should be one of 0.2.131, " in reason and "0.2.139" in reason
+    assert 'Ami: ' in reason and 'property HailVersion: "0.2.9" is not known to work here' in reason
+    assert "the nearest versions that work together are HailVersion 0.2.131, EmrReleaseLabel emr-7.13.0" in reason
     system.remove("refused")
     assert (system.there(), len(system.builds())) == (before, builds)
 
@@ -352,7 +353,7 @@ def test_a_failed_build_of_an_update_leaves_the_published_ami_and_builds_no_othe
 def test_an_update_to_an_unknown_hail_version_is_refused_and_nothing_changes(system):
     before = all_of_the_ami(system)
     assert system.update("hail-ami", HailVersion="9.9.9") == "UPDATE_ROLLBACK_COMPLETE"
-    assert 'property HailVersion: "9.9.9" does not go with emr-7.13.0' in system.reasons("hail-ami")[-1]
+    assert 'property HailVersion: "9.9.9" is not known to work here' in system.reasons("hail-ami")[-1]
     assert all_of_the_ami(system) == before
 
 
@@ -426,12 +427,16 @@ def deleted(stacks):
 @pytest.mark.parametrize(
     "name, bad, sentence",
     [
-        ("hail-s3", {"HailBucketName": "Not_Good"}, "HailBucketName.* should be empty or the name of a new bucket"),
+        ("hail-s3", {"HailBucketName": "Not_Good"}, "HailBucketName.* should be empty or the name of a bucket"),
         ("hail-s3", {"LogBucketName": "ab"}, "LogBucketName.* 3 to 63 lower-case letters, digits and hyphens"),
         ("hail-s3", {"NotebookBucketName": "xn--a"}, "NotebookBucketName.* none of S3's reserved prefixes"),
         ("hail-s3", {"HailBucketName": "a-b", "LogBucketName": "a-b"}, "HailBucketName and LogBucketName are the same"),
+        ("hail-s3", {"CreateLogBucket": "false"}, "CreateLogBucket is false and LogBucketName is empty"),
+        ("hail-s3", {"KmsKeyArn": "alias/hail"}, "KmsKeyArn.* should be empty or the ARN of a key"),
         ("hail-ami", {"VepVersion": "latest"}, "VepVersion.* should be none or a number, such as 115"),
-        ("hail-ami", {"HailVersion": "newest"}, "HailVersion.* should be three numbers with dots between them"),
+        ("hail-ami", {"HailVersion": "a b"}, "HailVersion.* should be three numbers with dots between them, such as"),
+        ("hail-ami", {"AmisToKeep": "1"}, "AmisToKeep is 1; it should be 0 or at least 2"),
+        ("hail-ami", {"KmsKeyArn": "alias/hail"}, "KmsKeyArn.* should be empty or the ARN of a KMS key"),
         ("hail-ami", {"SubnetId": "subnet-12345678"}, "subnet-12345678 for parameter name SubnetId does not exist"),
         ("hail-jupyter", {"NotebookInstanceName": "scripts"}, "NotebookInstanceName is the name of a shared folder"),
         ("hail-emr", {"CoreInstanceCount": "0"}, "CoreInstanceCount.* should be 1 to 1000"),

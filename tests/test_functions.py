@@ -5,482 +5,12 @@ the local AWS, with the four stacks, their roles, rules and schedules.
 """
 
 import contextlib
-import io
-import itertools
 import json
-import threading
-import time
-import uuid
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from botocore.exceptions import ClientError
-from conftest import eventually
-from local_aws import ACCOUNT, REGION
-
-STACK_ID = f"arn:aws:cloudformation:{REGION}:{ACCOUNT}:stack/by-hand/00000000-0000-0000-0000-000000000000"
-NOTHING_MADE = "hail-emr:nothing-was-made"
-FUNCTIONS = {
-    "seed-buckets": ("hail-s3", "SeedBucketsFunction"),
-    "refresh-notebook": ("hail-jupyter", "RefreshNotebookFunction"),
-    "build-ami": ("hail-ami", "BuildAmiFunction"),
-    "add-plot-steps": ("hail-emr", "AddPlotStepsFunction"),
-}
-ROLES = {name: (stack, function.replace("Function", "Role")) for name, (stack, function) in FUNCTIONS.items()}
-TYPES = {
-    "seed-buckets": "Custom::BucketSeed",
-    "refresh-notebook": "Custom::NotebookRefresh",
-    "build-ami": "Custom::HailAmi",
-    "add-plot-steps": "Custom::LivyPlotSteps",
-}
-numbers = itertools.count(1)
-
-
-class Asked:
-    """A request, and what was put to its URL."""
-
-    def __init__(self, event, statuses):
-        self.event = event
-        self.statuses = list(statuses)
-        self.tries = []  # (the status that was answered, headers, body)
-
-    @property
-    def answers(self):
-        return [json.loads(body) for status, _, body in self.tries if status == 200]
-
-    def answer(self, seconds=15):
-        return eventually(lambda: self.answers, seconds)[0]
-
-    def succeeds(self, seconds=15):
-        """The Data of the answer."""
-        answer = self.answer(seconds)
-        assert answer["Status"] == "SUCCESS", answer["Reason"]
-        return answer.get("Data", {})
-
-    def fails(self, seconds=15):
-        """The reason in the answer."""
-        answer = self.answer(seconds)
-        assert answer["Status"] == "FAILED", answer
-        assert "Data" not in answer
-        return answer["Reason"]
-
-
-class CloudFormation:
-    """Sends requests to functions and takes their answers."""
-
-    def __init__(self, stacks):
-        self.stacks = stacks
-        self.asked = {}
-        requests = self.asked
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_PUT(self):
-                request = requests[self.path]
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                status = request.statuses.pop(0) if request.statuses else 200
-                self.send_response(status)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                request.tries.append((status, dict(self.headers), body))
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def ask(self, function, kind, properties, *, statuses=(), deliver=1, **more):
-        """Sends a request; `more` are members of it, `statuses` what its URL answers before it answers 200."""
-        path = f"/{next(numbers)}?X-Amz-Signature={uuid.uuid4().hex}"
-        event = {
-            "RequestType": kind,
-            "ResponseURL": f"http://127.0.0.1:{self.server.server_port}{path}",
-            "StackId": STACK_ID,
-            "RequestId": str(uuid.uuid4()),
-            "LogicalResourceId": f"Thing{next(numbers)}",
-            "ResourceType": TYPES[function],
-            "ResourceProperties": {"ServiceToken": "-", "ServiceTimeout": "3600", **properties},
-            **more,
-        }
-        asked = self.asked[path] = Asked(event, statuses)
-        for _ in range(deliver):
-            self.invoke(function, event, InvocationType="Event")
-        return asked
-
-    def again(self, asked, function, kind, properties=None, **more):
-        """Another request for the same resource."""
-        physical_id = asked.answers[0]["PhysicalResourceId"] if asked.answers else "unknown"
-        before = asked.event["ResourceProperties"]
-        more = {"LogicalResourceId": asked.event["LogicalResourceId"], "PhysicalResourceId": physical_id, **more}
-        if kind == "Update":
-            more.setdefault("OldResourceProperties", before)
-        return self.ask(function, kind, properties or before, **more)
-
-    def invoke(self, function, payload, **options):
-        name = self.stacks.resource(*FUNCTIONS[function])
-        return self.stacks.client("lambda").invoke(FunctionName=name, Payload=json.dumps(payload), **options)
-
-    def run(self, function, payload):
-        """What the function gives back, or None, and its error, or None."""
-        done = self.invoke(function, payload)
-        result = json.load(done["Payload"])
-        return (None, result["errorMessage"]) if "FunctionError" in done else (result, None)
-
-    def check(self, since=0):
-        """What holds for every request, or for those after the first so many."""
-        for asked in list(self.asked.values())[since:]:
-            assert len(asked.answers) == 1, f"{len(asked.answers)} answers to {asked.event}"
-            answer = asked.answers[0]
-            for name in ("StackId", "RequestId", "LogicalResourceId"):
-                assert answer[name] == asked.event[name]
-            assert answer["PhysicalResourceId"]
-            for _, headers, body in asked.tries:
-                assert headers.get("Content-Type", "") == "" and len(body) <= 4096
-
-
-@pytest.fixture(scope="module")
-def cloudformation_of_module(laboratory):
-    made = CloudFormation(laboratory)
-    yield made
-    made.check()
-    made.server.shutdown()
-
-
-@pytest.fixture
-def cloudformation(cloudformation_of_module, system, published):
-    """Every request that a test sends has exactly one answer, and nothing waits or runs when the test is over."""
-    earlier = len(cloudformation_of_module.asked)
-    yield cloudformation_of_module
-    system.as_always()
-    cloudformation_of_module.check(since=earlier)
-    assert system.client("scheduler").list_schedules()["Schedules"] == []
-    assert [build["id"] for build in system.builds() if build["buildStatus"] == "IN_PROGRESS"] == []
-
-
-@contextlib.contextmanager
-def denied(stacks, function, *actions):
-    """The function's role may no longer do this."""
-    iam, role = stacks.client("iam"), stacks.resource(*ROLES[function])
-    statement = {"Effect": "Deny", "Action": list(actions), "Resource": "*"}
-    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
-    iam.put_role_policy(RoleName=role, PolicyName="Denied", PolicyDocument=policy)
-    try:
-        yield
-    finally:
-        iam.delete_role_policy(RoleName=role, PolicyName="Denied")
-
-
-def waiting(stacks):
-    """The logical ids of the resources whose requests wait, by the name of their schedule."""
-    scheduler = stacks.client("scheduler")
-    found = {}
-    for schedule in scheduler.list_schedules()["Schedules"]:
-        name = {"Name": schedule["Name"], "GroupName": schedule["GroupName"]}
-        with contextlib.suppress(scheduler.exceptions.ResourceNotFoundException):
-            waits = json.loads(scheduler.get_schedule(**name)["Target"]["Input"])["Deferred"]
-            found[schedule["Name"]] = waits["Callback"]["LogicalResourceId"]
-    return found
-
-
-def time_is_over(stacks):
-    """Makes it as late for every request that waits as if it had waited as long as it may; ticks."""
-    scheduler = stacks.client("scheduler")
-    for schedule in scheduler.list_schedules()["Schedules"]:
-        name = {"Name": schedule["Name"], "GroupName": schedule["GroupName"]}
-        there = scheduler.get_schedule(**name)
-        waits = json.loads(there["Target"]["Input"])
-        waits["Deferred"]["GivesUpAt"] = 1
-        target = {**there["Target"], "Input": json.dumps(waits)}
-        kept = {name: there[name] for name in ("FlexibleTimeWindow", "ScheduleExpression")}
-        scheduler.update_schedule(**name, **kept, Target=target)
-    stacks.aws.control("tick")
-
-
-def ticks(stacks, until, seconds=15):
-    """Ticks from several sides at once until something is true."""
-    over = time.monotonic() + seconds
-
-    def tick():
-        while not until() and time.monotonic() < over:
-            stacks.aws.control("tick")
-
-    with ThreadPoolExecutor() as several:
-        for done in [several.submit(tick) for _ in range(3)]:
-            done.result()
-
-
-# build-ami
-
-
-@pytest.fixture
-def ami(system):
-    """Properties of an AMI that nobody has built yet."""
-    return {
-        "ProjectName": system.resource("hail-ami", "BuildProject"),
-        "AmiName": "by-hand",
-        "HailVersion": "0.2.139",
-        "VepVersion": "none",
-        "EmrReleaseLabel": "emr-7.13.0",
-        "RebuildToken": str(next(numbers)),
-    }
-
-
-def build_of(system, ami):
-    """The newest build that was asked for with these properties' token: its project builds nothing else meanwhile."""
-    return eventually(lambda: system.builds(ami["ProjectName"]))[0]
-
-
-def test_a_build_that_ends_while_its_request_is_put_down_is_answered(cloudformation, system, ami):
-    system.aws.control("builds", seconds=0)
-    for number in range(5):
-        asked = cloudformation.ask("build-ami", "Create", {**ami, "RebuildToken": f"{ami['RebuildToken']}-{number}"})
-        data = asked.succeeds(5)
-        assert data["Status"] == "SUCCEEDED" and system.parameters()["/hail/ami/latest"] == data["AmiId"]
-
-
-def test_events_and_ticks_at_once_give_one_answer(cloudformation, system, ami):
-    system.aws.control("events", copies=4)
-    for number in range(3):
-        asked = cloudformation.ask("build-ami", "Create", {**ami, "RebuildToken": f"{ami['RebuildToken']}-{number}"})
-        ticks(system, until=lambda: asked.answers)
-        system.aws.control("tick")
-        assert asked.succeeds()["Status"] == "SUCCEEDED"
-
-
-def test_an_event_that_never_comes_delays_the_answer_until_the_next_tick(cloudformation, system, ami):
-    system.aws.control("events", copies=0)
-    asked = cloudformation.ask("build-ami", "Create", ami)
-    ticks(system, until=lambda: asked.answers)
-    assert asked.succeeds()["AmiId"] == system.parameters()["/hail/ami/latest"]
-
-
-def test_a_build_longer_than_an_operation_is_waited_for_by_the_next_resource(cloudformation, system, ami):
-    system.aws.control("builds", seconds=4)
-    first = cloudformation.ask("build-ami", "Create", ami)
-    eventually(lambda: first.event["LogicalResourceId"] in waiting(system).values())
-    time_is_over(system)
-    data = first.succeeds()
-    assert data.pop("BuildId") == build_of(system, ami)["id"] and data == {"Status": "IN_PROGRESS"}
-    assert build_of(system, ami)["buildStatus"] == "IN_PROGRESS"
-    wait = {"ProjectName": ami["ProjectName"], "BuildId": first.succeeds()["BuildId"], "LastWait": "true"}
-    second = cloudformation.ask("build-ami", "Create", wait, ResourceType="Custom::HailAmiWait")
-    data = second.succeeds()
-    assert data["Status"] == "SUCCEEDED" and data["AmiId"] == system.parameters()["/hail/ami/latest"]
-
-
-def test_the_last_wait_fails_when_its_time_is_over_and_the_build_goes_on(cloudformation, system, ami):
-    system.aws.control("builds", seconds=60)
-    first = cloudformation.ask("build-ami", "Create", ami)
-    eventually(lambda: waiting(system))
-    time_is_over(system)
-    wait = {"ProjectName": ami["ProjectName"], "BuildId": first.succeeds()["BuildId"], "LastWait": "true"}
-    second = cloudformation.ask("build-ami", "Create", wait, ResourceType="Custom::HailAmiWait")
-    eventually(lambda: waiting(system))
-    time_is_over(system)
-    assert "is still running after all the time that the stack waits" in second.fails()
-    assert build_of(system, ami)["buildStatus"] == "IN_PROGRESS"
-    system.client("codebuild").stop_build(id=build_of(system, ami)["id"])
-
-
-def test_the_stack_waits_on_when_its_first_resources_have_waited_long_enough(system, published):
-    system.aws.control("builds", seconds=5)
-    with ThreadPoolExecutor() as beside:
-        created = beside.submit(system.create, "hail-ami", "slow")
-        for logical_id in ("Ami", "AmiWait1", "AmiWait2"):
-            eventually(lambda: logical_id in waiting(system).values(), 20)  # noqa: B023, asked here and now
-            if logical_id != "AmiWait2":
-                time_is_over(system)
-        assert created.result() == "CREATE_COMPLETE"
-    statuses = {
-        asked["LogicalResourceId"]: asked["Last"]["Data"]["Status"]
-        for asked in system.aws.control("answers")
-        if ":stack/slow/" in asked["StackId"]
-    }
-    assert [statuses["Ami"], statuses["AmiWait1"]] == ["IN_PROGRESS"] * 2
-    assert [statuses["AmiWait2"], statuses["AmiWait3"]] == ["SUCCEEDED"] * 2
-    assert system.outputs("slow")["AmiId"] == system.parameters()["/hail/ami/latest"]
-    system.remove("slow")
-    assert "/hail/ami/latest" not in system.parameters()
-
-
-def test_a_stopped_build_is_told(cloudformation, system, ami):
-    system.aws.control("builds", seconds=60)
-    asked = cloudformation.ask("build-ami", "Create", ami)
-    eventually(lambda: waiting(system))
-    system.client("codebuild").stop_build(id=build_of(system, ami)["id"])
-    assert f"build {build_of(system, ami)['id']} ended as STOPPED" in asked.fails()
-
-
-def test_a_delete_stops_the_build_that_runs(cloudformation, system, ami):
-    system.aws.control("builds", seconds=60)
-    asked = cloudformation.ask("build-ami", "Create", ami)
-    eventually(lambda: waiting(system))
-    cloudformation.again(asked, "build-ami", "Delete").succeeds()
-    assert build_of(system, ami)["buildStatus"] == "STOPPED"
-    assert "STOPPED" in asked.fails()
-
-
-def test_a_rollback_stops_the_build_that_the_update_had_started(cloudformation, system, ami):
-    first = cloudformation.ask("build-ami", "Create", ami)
-    published = first.succeeds()["AmiId"]
-    system.aws.control("builds", seconds=60)
-    newer = {**ami, "RebuildToken": ami["RebuildToken"] + "-newer"}
-    update = cloudformation.again(first, "build-ami", "Update", newer)
-    eventually(lambda: waiting(system))
-    try:
-        back = cloudformation.again(first, "build-ami", "Update", ami, OldResourceProperties=newer)
-        assert back.succeeds()["AmiId"] == published
-        assert build_of(system, ami)["buildStatus"] == "STOPPED"
-    finally:
-        system.client("codebuild").stop_build(id=build_of(system, ami)["id"])
-    update.answer()
-    assert system.parameters()["/hail/ami/latest"] == published
-
-
-def test_going_back_to_an_ami_that_was_deregistered_builds_it_anew(cloudformation, system, ami):
-    first = cloudformation.ask("build-ami", "Create", ami)
-    gone = first.succeeds()["AmiId"]
-    newer = {**ami, "RebuildToken": ami["RebuildToken"] + "-newer"}
-    cloudformation.again(first, "build-ami", "Update", newer).succeeds()
-    system.client("ec2").deregister_image(ImageId=gone)
-    back = cloudformation.again(first, "build-ami", "Update", ami, OldResourceProperties=newer).succeeds()
-    assert back["AmiId"] != gone and system.parameters()["/hail/ami/latest"] == back["AmiId"]
-
-
-def test_a_build_that_a_person_starts_is_published(cloudformation, system, ami):
-    version = [{"name": "HAIL_VERSION", "value": "0.2.131"}]
-    system.client("codebuild").start_build(projectName=ami["ProjectName"], environmentVariablesOverride=version)
-    eventually(lambda: build_of(system, ami)["buildStatus"] == "SUCCEEDED")
-    exported = {found["name"]: found["value"] for found in build_of(system, ami)["exportedEnvironmentVariables"]}
-    eventually(lambda: system.parameters().get("/hail/ami/latest") == exported["AMI_ID"])
-    assert system.parameters()[f"/hail/ami/{exported['AMI_NAME']}"] == exported["AMI_ID"]
-    tags = system.client("ec2").describe_images(ImageIds=[exported["AMI_ID"]])["Images"][0]["Tags"]
-    assert {"Key": "hail-version", "Value": "0.2.131"} in tags
-
-
-def test_a_late_event_of_an_older_build_does_not_take_the_latest_back(cloudformation, system, ami):
-    cloudformation.ask("build-ami", "Create", ami).succeeds()
-    older = build_of(system, ami)
-    newer = cloudformation.ask("build-ami", "Create", {**ami, "RebuildToken": "newer" + ami["RebuildToken"]}).succeeds()
-    cloudformation.run("build-ami", build_event(older["arn"]))
-    assert system.parameters()["/hail/ami/latest"] == newer["AmiId"]
-
-
-def build_event(arn):
-    detail = {"build-status": "SUCCEEDED", "build-id": arn, "project-name": "-"}
-    return {
-        "version": "0",
-        "id": str(uuid.uuid4()),
-        "detail-type": "CodeBuild Build State Change",
-        "source": "aws.codebuild",
-        "account": ACCOUNT,
-        "time": "2026-01-01T00:00:00Z",
-        "region": REGION,
-        "resources": [arn],
-        "detail": detail,
-    }
-
-
-def test_an_event_of_a_build_that_nobody_knows_changes_nothing(cloudformation, system):
-    before = system.parameters()
-    arn = f"arn:aws:codebuild:{REGION}:{ACCOUNT}:build/gone:{uuid.uuid4()}"
-    _, error = cloudformation.run("build-ami", build_event(arn))
-    assert error
-    assert system.parameters() == before
-
-
-def test_a_request_that_comes_twice_starts_one_build_and_gives_one_physical_id(cloudformation, system, ami):
-    builds = len(system.builds(ami["ProjectName"]))
-    system.aws.control("builds", seconds=2)
-    asked = cloudformation.ask("build-ami", "Create", ami, deliver=2)
-    eventually(lambda: waiting(system))
-    cloudformation.invoke("build-ami", asked.event)
-    asked.succeeds()
-    assert len(system.builds(ami["ProjectName"])) == builds + 1
-    # Lambda may repeat it even after it was answered.
-    late = cloudformation.ask("build-ami", "Create", ami, **{name: asked.event[name] for name in SAME})
-    assert late.answer()["PhysicalResourceId"] == asked.answer()["PhysicalResourceId"]
-    assert late.answer()["Data"] == asked.answer()["Data"]
-    assert len(system.builds(ami["ProjectName"])) == builds + 1
-
-
-SAME = ("RequestId", "LogicalResourceId")
-
-
-def test_a_second_resource_that_waits_for_the_same_build_is_refused(cloudformation, system, ami):
-    system.aws.control("builds", seconds=60)
-    first = cloudformation.ask("build-ami", "Create", ami)
-    eventually(lambda: waiting(system))
-    second = cloudformation.ask("build-ami", "Create", ami)
-    assert f"resource {first.event['LogicalResourceId']} already waits for" in second.fails()
-    assert list(waiting(system).values()) == [first.event["LogicalResourceId"]]
-    cloudformation.again(first, "build-ami", "Delete").succeeds()
-    first.answer()
-
-
-def test_an_answer_that_is_not_taken_is_given_again(cloudformation, system, ami):
-    asked = cloudformation.ask("build-ami", "Create", ami, statuses=[500, 503])
-    asked.succeeds()
-    assert [status for status, _, _ in asked.tries] == [500, 503, 200]
-    assert len({body for _, _, body in asked.tries}) == 1
-
-
-def test_an_answer_that_is_not_taken_is_given_again_by_the_same_invocation(cloudformation):
-    more = {"PhysicalResourceId": NOTHING_MADE, "statuses": [500, 429], "deliver": 0}
-    asked = cloudformation.ask("build-ami", "Delete", {}, **more)
-    assert cloudformation.run("build-ami", asked.event) == (None, None)
-    assert [status for status, _, _ in asked.tries] == [500, 429, 200]
-
-
-def test_a_long_log_is_cut_to_its_end_where_the_cause_stands(cloudformation, system, ami):
-    lines = [f'{number} "quoted" \\ ü 日本 \x1b[31m' + "x" * 2000 for number in range(20)]
-    system.aws.control("builds", outcome="FAILED", phase="BUILD", log=lines)
-    asked = cloudformation.ask("build-ami", "Create", ami)
-    reason = asked.fails()
-    assert "ended as FAILED in phase BUILD" in reason and "stream " in reason[-80:]
-    assert lines[19][:200] in reason and lines[0][:20] not in reason
-    assert 2000 < len(asked.tries[0][2]) <= 4096
-
-
-def test_a_build_that_exports_no_ami_is_told_at_once_what_its_buildspec_lacks(cloudformation, system, ami):
-    # Longer than it takes a new schedule to fire for the first time.
-    system.aws.control("builds", seconds=2)
-    here = {"Bucket": system.parameters()["/hail/s3/hail"], "Key": "packer/packer.zip"}
-    before, zipped = system.client("s3").get_object(**here), io.BytesIO()
-    kept = {"Body": before["Body"].read(), "Metadata": before["Metadata"]}
-    with zipfile.ZipFile(zipped, "w") as archive:
-        archive.writestr("buildspec.yml", "version: 0.2")
-    system.client("s3").put_object(**here, Body=zipped.getvalue())
-    try:
-        asked = cloudformation.ask("build-ami", "Create", ami)
-        eventually(lambda: build_of(system, ami)["buildStatus"] == "SUCCEEDED")
-        reason = asked.fails()
-    finally:
-        system.client("s3").put_object(**here, **kept)
-        system.aws.control("tick")
-        asked.answer()
-    assert "exports no AMI_ID; its buildspec should name it under env: exported-variables" in reason
-
-
-def test_a_missing_property_is_named_and_its_delete_has_nothing_to_do(cloudformation, system, ami):
-    del ami["HailVersion"]
-    asked = cloudformation.ask("build-ami", "Create", ami)
-    assert "HailVersion" in asked.fails()
-    assert asked.answer()["PhysicalResourceId"] == NOTHING_MADE
-    with denied(system, "build-ami", "codebuild:*", "ssm:*", "scheduler:*"):
-        cloudformation.again(asked, "build-ami", "Delete").succeeds()
-
-
-def test_a_stack_is_deleted_whose_project_is_gone(system, published):
-    before = system.there()
-    system.create("hail-ami", "gone")
-    system.client("codebuild").delete_project(name=system.resource("gone", "BuildProject"))
-    system.remove("gone")
-    after = system.there()
-    del before["parameters"], after["parameters"]
-    assert after == before
+from by_hand import FUNCTIONS, NOTHING_MADE, denied, eventually, numbers, ticks, time_is_over, waiting
 
 
 # add-plot-steps
@@ -695,8 +225,8 @@ def test_a_notebook_under_another_name_is_not_restarted_at_once(cloudformation, 
 @pytest.fixture
 def seeds(system, outputs):
     """Properties of the stack's own seeds, and who they are."""
-    bucket = outputs["hail-s3"]
-    properties = {"HailBucket": bucket["HailBucket"], "NotebookBucket": bucket["NotebookBucket"], "AssetsDigest": "1"}
+    buckets = {name: outputs["hail-s3"][name] for name in ("HailBucket", "LogBucket", "NotebookBucket")}
+    properties = {**buckets, "AssetsDigest": "1"}
     stack = system.client("cloudformation").describe_stacks(StackName="hail-s3")["Stacks"][0]["StackId"]
     physical_id = system.resource("hail-s3", "Seeds")
     return properties, {"StackId": stack, "LogicalResourceId": "Seeds", "PhysicalResourceId": physical_id}
@@ -741,7 +271,7 @@ def test_two_deliveries_at_once_both_know_what_was_put_and_the_delete_takes_all_
         allowed = {"Effect": "Allow", "Action": "s3:*", "Resource": "arn:aws:s3:::*-twice-*"}
         policy = {"Version": "2012-10-17", "Statement": [allowed]}
         system.client("iam").put_role_policy(RoleName=role, PolicyName="Twice", PolicyDocument=json.dumps(policy))
-        properties = {"HailBucket": names[0], "NotebookBucket": names[1], "AssetsDigest": "1"}
+        properties = {"HailBucket": names[0], "LogBucket": names[0], "NotebookBucket": names[1], "AssetsDigest": "1"}
         asked = cloudformation.ask("seed-buckets", "Create", properties, deliver=0)
         with ThreadPoolExecutor() as two:
             for done in [two.submit(cloudformation.run, "seed-buckets", asked.event) for _ in range(2)]:
@@ -818,14 +348,15 @@ def test_a_stack_is_deleted_whose_bucket_is_gone(elsewhere, gone):
 @pytest.fixture
 def request_for(ami, plots, notebook, seeds):
     """Properties of a resource of each function."""
-    return {"build-ami": ami, "add-plot-steps": plots, "refresh-notebook": notebook, "seed-buckets": seeds[0]}
+    hail_s3 = {"seed-buckets": seeds[0], "remove-buckets": {"Buckets": [], "LastWait": "true"}}
+    return {"build-ami": ami, "add-plot-steps": plots, "refresh-notebook": notebook, **hail_s3}
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("payload", [{}, {"Records": []}, "text", None, {"Deferred": {}}])
 def test_a_payload_that_is_none_of_ours_is_an_error(cloudformation, function, payload):
     _, error = cloudformation.run(function, payload)
-    assert "neither a CloudFormation request, an EventBridge event nor a schedule's tick" in error
+    assert "neither a CloudFormation request, an EventBridge event, a rule's request nor a schedule's tick" in error
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -840,7 +371,7 @@ def test_a_request_of_a_kind_that_there_is_not_fails(cloudformation, request_for
     assert 'the request type should be Create, Update or Delete and is "Read"' in reason
 
 
-@pytest.mark.parametrize("function", ["build-ami", "add-plot-steps", "refresh-notebook"])
+@pytest.mark.parametrize("function", ["build-ami", "add-plot-steps", "refresh-notebook", "remove-buckets"])
 def test_a_tick_for_which_nobody_waits_does_nothing(cloudformation, function):
     assert cloudformation.run(function, {"Deferred": {"Key": "nobody"}}) == (None, None)
 
@@ -848,7 +379,7 @@ def test_a_tick_for_which_nobody_waits_does_nothing(cloudformation, function):
 @pytest.mark.parametrize(
     "function, action, doing",
     [
-        ("seed-buckets", "s3:ListBucket", "listing s3://"),
+        ("seed-buckets", "s3:ListBucket", "looking for bucket hail-s3-hailbucket"),
         ("seed-buckets", "s3:GetObject", "reading the manifest s3://"),
         ("build-ami", "codebuild:StartBuild", "starting a build of project hail-ami-BuildProject"),
         ("build-ami", "codebuild:ListBuildsForProject", "looking at the builds of project hail-ami-BuildProject"),

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import boto3
@@ -719,6 +720,7 @@ def arn(service, resource):
             "notebook-instance/ada",
         ),
         ("codebuild", "batch_get_builds", {"ids": ["ami:1"]}, "BatchGetBuilds", "project/ami"),
+        ("codebuild", "batch_get_projects", {"names": ["ami"]}, "BatchGetProjects", "project/ami"),
         ("codebuild", "stop_build", {"id": "ami:1"}, "StopBuild", "project/ami"),
         ("codebuild", "list_builds_for_project", {"projectName": "ami"}, "ListBuildsForProject", "project/ami"),
         ("emr", "list_steps", {"ClusterId": "j-1"}, "ListSteps", "cluster/j-1"),
@@ -869,6 +871,35 @@ def test_an_event_reaches_a_function_that_lets_its_rule_in(stack, function, clie
         assert aws.control("refused")[0]["Lacks"] == "lambda:InvokeFunction"
 
 
+def test_a_tick_fires_the_rules_that_have_a_schedule_and_are_enabled(stack, function, aws, client):
+    resources = function() | rule({"source": ["own"]})
+    properties = resources["Rule"]["Properties"]
+    del properties["EventPattern"]
+    properties |= {"ScheduleExpression": "rate(30 days)", "State": "DISABLED"}
+    done = stack(resources, Outputs={"Group": {"Value": ref("Log")}})
+    off = aws.control("tick")
+    properties["State"] = "ENABLED"
+    stack(resources, Outputs={"Group": {"Value": ref("Log")}})
+    assert len(aws.control("tick")) == len(off) + 1
+    eventually(lambda: logged(client, done["Outputs"][0]["OutputValue"]))
+
+
+def test_a_stack_tells_the_parameter_of_the_store_from_its_value(stack, client):
+    client("ssm").put_parameter(Name="/own/name", Type="String", Value="what stands there")
+    parameter = {"Type": "AWS::SSM::Parameter::Value<String>", "Default": "/own/name"}
+    properties = {"Type": "String", "Value": ref("P")}
+    resources = {"Copy": {"Type": "AWS::SSM::Parameter", "Properties": properties}}
+    (told,) = stack(resources, Parameters={"P": parameter})["Parameters"]
+    assert told == {"ParameterKey": "P", "ParameterValue": "/own/name", "ResolvedValue": "what stands there"}
+    client("ssm").delete_parameter(Name="/own/name")
+
+
+def test_a_topic_is_encrypted_as_its_template_says(stack, client):
+    topic = {"Type": "AWS::SNS::Topic", "Properties": {"KmsMasterKeyId": "alias/aws/sns"}}
+    made = stack({"Topic": topic}, Outputs={"Topic": {"Value": ref("Topic")}})["Outputs"][0]["OutputValue"]
+    assert client("sns").get_topic_attributes(TopicArn=made)["Attributes"]["KmsMasterKeyId"] == "alias/aws/sns"
+
+
 @pytest.fixture
 def seen(stack, function, client):
     """The details of the events that match a pattern, as a function saw them."""
@@ -970,6 +1001,43 @@ def test_a_bucket_that_holds_something_is_not_deleted(stack, client):
     assert "not empty" in stack.reasons()
 
 
+def test_what_a_resource_needs_that_cannot_be_deleted_stays_with_it(stack, client):
+    key = {"Type": "AWS::SSM::Parameter", "Properties": {"Name": "/needed", "Type": "String", "Value": "kept-bucket"}}
+    bucket = {"Type": "AWS::S3::Bucket", "Properties": {"BucketName": get("Name", "Value")}}
+    stack({"Name": key, "Bucket": bucket, "Other": {"Type": "AWS::Logs::LogGroup"}})
+    client("s3").put_object(Bucket="kept-bucket", Key="a", Body=b"")
+    cloudformation = client("cloudformation")
+    cloudformation.delete_stack(StackName=stack.named)
+    left = cloudformation.describe_stack_resources(StackName=stack.named)["StackResources"]
+    assert {one["LogicalResourceId"] for one in left} == {"Name", "Bucket"}
+    assert client("ssm").get_parameter(Name="/needed")["Parameter"]["Value"] == "kept-bucket"
+    client("s3").delete_object(Bucket="kept-bucket", Key="a")
+    cloudformation.delete_stack(StackName=stack.named)
+    with pytest.raises(ClientError, match="ParameterNotFound"):
+        client("ssm").get_parameter(Name="/needed")
+
+
+def test_a_function_needs_permission_for_the_key_of_a_bucket(stack, client, function):
+    key = client("kms").create_key()["KeyMetadata"]["Arn"]
+    client("s3").create_bucket(Bucket="with-key")
+    kms = {"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": key}}
+    may_read = statement("s3:GetObject", "arn:aws:s3:::functions/*")
+    for policies, outcome in (((may_read,), "CREATE_FAILED"), ((may_read, statement("kms:Decrypt", key)), None)):
+        resources = function(policies=policies)
+        client("s3").put_bucket_encryption(Bucket="functions", ServerSideEncryptionConfiguration={"Rules": [kms]})
+        custom = {"ServiceToken": get("Function", "Arn"), "Reads": "function.zip"}
+        resources["Custom"] = {"Type": "Custom::Thing", "Properties": custom}
+        stack(resources)
+        seen = [event["ResourceStatus"] for event in stack.events() if event["LogicalResourceId"] == "Custom"]
+        if outcome:
+            assert outcome in seen and "kms:Decrypt" in stack.reasons()
+            client("cloudformation").delete_stack(StackName=stack.named)
+            stack.there = False
+        else:
+            assert seen[0] == "CREATE_COMPLETE"
+    client("s3").delete_bucket_encryption(Bucket="functions")
+
+
 def test_a_policy_that_asks_for_tls_lets_requests_through(client):
     s3 = client("s3")
     s3.create_bucket(Bucket="tls-only")
@@ -1047,6 +1115,63 @@ def test_a_build_takes_time_and_ends_in_a_tagged_image(project, client, aws, see
     more = finished["additional-information"]
     assert more["logs"]["stream-name"] == done["logs"]["streamName"]
     assert more["exported-environment-variables"] == done["exportedEnvironmentVariables"]
+
+
+@pytest.mark.parametrize("outcome", ["SUCCEEDED", "FAILED"])
+def test_builds_end_when_they_are_told_to(project, client, aws, outcome):
+    aws.control("builds", seconds=600, outcome=outcome)
+    build = client("codebuild").start_build(projectName="ami")["build"]
+    assert aws.control("finish") == [build["id"]]
+    assert ended(client, build)["buildStatus"] == outcome
+    assert aws.control("finish") == []
+
+
+def test_a_request_is_held_until_it_is_let_go(project, client, aws):
+    assert aws.control("hold", operation="StartBuild") == 0
+    with ThreadPoolExecutor() as beside:
+        started = beside.submit(client("codebuild").start_build, projectName="ami")
+        eventually(lambda: aws.control("hold", operation="StartBuild") == 1)
+        builds = client("codebuild").list_builds_for_project(projectName="ami")["ids"]
+        assert aws.control("release") == 1
+        build = started.result()["build"]
+    assert build["id"] not in builds
+    client("codebuild").stop_build(id=build["id"])
+
+
+@pytest.fixture
+def image(project, client):
+    """The id of an image that a build has made."""
+    done = ended(client, client("codebuild").start_build(projectName="ami")["build"])
+    return next(one["value"] for one in done["exportedEnvironmentVariables"] if one["name"] == "AMI_ID")
+
+
+def snapshots(client):
+    tagged = {"Name": "tag:build-project", "Values": ["ami"]}
+    return {one["SnapshotId"] for one in client("ec2").describe_snapshots(Filters=[tagged])["Snapshots"]}
+
+
+def test_an_image_is_deregistered_by_who_may_by_its_tags_and_takes_its_snapshots_along(image, client, as_role):
+    before = snapshots(client)
+
+    def tagged(project):
+        where = {"StringEquals": {"aws:ResourceTag/build-project": project}}
+        return [
+            statement("ec2:DeregisterImage", f"arn:aws:ec2:{REGION}::image/*") | {"Condition": where},
+            statement("ec2:DeleteSnapshot", f"arn:aws:ec2:{REGION}::snapshot/*") | {"Condition": where},
+        ]
+
+    asked = {"ImageId": image, "DeleteAssociatedSnapshots": True}
+    with pytest.raises(ClientError, match="not authorized to perform: ec2:DeregisterImage"):
+        as_role("ec2", *tagged("another")).deregister_image(**asked)
+    (result,) = as_role("ec2", *tagged("ami")).deregister_image(**asked)["DeleteSnapshotResults"]
+    assert (result["ReturnCode"], before - snapshots(client)) == ("success", {result["SnapshotId"]})
+
+
+def test_a_snapshot_that_may_not_be_deleted_stays_and_is_named(image, client, as_role):
+    before = snapshots(client)
+    caller = as_role("ec2", statement("ec2:DeregisterImage", f"arn:aws:ec2:{REGION}::image/*"))
+    (result,) = caller.deregister_image(ImageId=image, DeleteAssociatedSnapshots=True)["DeleteSnapshotResults"]
+    assert result["ReturnCode"] == "missing-permissions" and snapshots(client) == before
 
 
 def test_a_build_fails_where_it_is_told_to(project, client, aws):

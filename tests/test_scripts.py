@@ -5,7 +5,9 @@ for what a test may not touch: aws, sudo, systemctl, ... What a stand-in was cal
 """
 
 import ast
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,12 +16,14 @@ import socket
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
 
+import compatibility_table
 import pytest
 import yaml
 
@@ -76,6 +80,8 @@ elif arguments[:3] == ["s3", "cp", "-"]:
     target = place(arguments[3])
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(sys.stdin.buffer.read())
+elif arguments[:2] == ["s3", "cp"] and arguments[-1] == "-":
+    sys.stdout.buffer.write(place(arguments[-2]).read_bytes())
 else:
     responses = json.loads((here / "responses.json").read_text())
     keys = [key for key in responses if all(word in arguments for word in key.split())]
@@ -759,28 +765,37 @@ def test_the_plotting_example_shows_the_page_that_it_saves_where_the_web_server_
 
 
 COMPATIBILITY = json.loads((PACKER / "compatibility.json").read_text())
-VERSIONS = dict(re.findall(r"^([A-Z0-9_]+)=(.+)$", (PACKER / "versions.env").read_text(), re.M))
+VERSIONS = dict(re.findall(r"^([A-Za-z0-9_]+)=(.+)$", (PACKER / "versions.env").read_text(), re.M))
+RELEASE = "emr-7.13.0"
 
 
 def test_the_compatibility_table_is_well_formed():
-    assert COMPATIBILITY["emr_releases"]
+    assert RELEASE in COMPATIBILITY["emr_releases"]
     for label, release in COMPATIBILITY["emr_releases"].items():
-        assert re.fullmatch(r"emr-\d+\.\d+\.\d+", label)
+        assert re.fullmatch(r"emr-7\.\d+\.\d+", label)
         assert set(release) == {"spark", "python", "hail"}
+        assert re.fullmatch(r"3\.5\.\d+", release["spark"])
         assert release["hail"] and all(re.fullmatch(r"\d+\.\d+\.\d+", v) for v in release["hail"])
-    assert all(re.fullmatch(r"[1-9]\d+", v) for v in COMPATIBILITY["vep"])
-    assert sorted(COMPATIBILITY["vep_tags"]) == sorted(COMPATIBILITY["vep"])
-    assert all(tag.split(".")[0] == version for version, tag in COMPATIBILITY["vep_tags"].items())
+    assert all(re.fullmatch(r"[1-9]\d+", version) and tag.split(".")[0] == version for version, tag in COMPATIBILITY["vep"].items())
+
+
+def test_the_readme_has_the_compatibility_table():
+    readme = (PACKER / "readme.md").read_text()
+    assert compatibility_table.written(readme) == readme, "make digest writes the table into packer/readme.md"
+    row = next(line for line in readme.splitlines() if line.startswith(f"| {RELEASE} |"))
+    assert "0.2.131 to 0.2.139" in row and "105 to 115" in row
 
 
 def test_every_hail_of_the_table_has_its_packages_pinned():
+    companions = {line.split("<")[0] for line in (PACKER / "requirements/hail.in").read_text().splitlines() if not line.startswith("#")}
     for release in COMPATIBILITY["emr_releases"].values():
         for version in release["hail"]:
             lines = (PACKER / "requirements" / f"hail-{version}.txt").read_text().splitlines()
             assert f"hail=={version}" in lines
             assert all(re.match(r"[a-z0-9.-]+(\[[a-z]+\])?==\S+", line) for line in lines)
+            assert companions <= {line.split("==")[0] for line in lines}
             spark = next(line for line in lines if line.startswith("pyspark=="))
-            assert spark.startswith(f"pyspark=={release['spark']}.")
+            assert spark.startswith(f"pyspark=={release['spark'].rsplit('.', 1)[0]}.")
 
 
 def test_every_download_of_the_build_has_a_checksum():
@@ -788,6 +803,7 @@ def test_every_download_of_the_build_has_a_checksum():
         if name.endswith("_VERSION"):
             checksums = [v for n, v in VERSIONS.items() if n.startswith(name.removesuffix("_VERSION") + "_SHA256")]
             assert checksums and all(re.fullmatch(r"[0-9a-f]{64}", c) for c in checksums), name
+    assert all(re.fullmatch(r"[0-9a-f]{40}", VERSIONS[f"LOFTEE_COMMIT_{build}"]) for build in ("GRCh37", "GRCh38"))
 
 
 def test_packer_runs_every_provisioning_script_and_is_the_version_that_is_pinned():
@@ -795,6 +811,42 @@ def test_packer_runs_every_provisioning_script_and_is_the_version_that_is_pinned
     scripts = json.loads(re.search(r"for script in (\[.*\])", template).group(1))
     assert {f"{name}.sh" for name in scripts} == {p.name for p in (PACKER / "scripts").glob("*.sh")} - {"common.sh"}
     assert f'required_version = ">= {VERSIONS["PACKER_VERSION"]}"' in (PACKER / "plugins.pkr.hcl").read_text()
+
+
+def test_the_shell_scripts_are_formatted():
+    if not shutil.which("shfmt"):
+        pytest.skip("shfmt is not installed")
+    folders = [str(REPOSITORY / name) for name in ("packer", "functions", "jupyter", "tests", ".ci")]
+    done = subprocess.run(["shfmt", "-i", "2", "-ci", "-d", *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_script_ends_a_build_in_the_words_that_build_ami_looks_for():
+    for path in [*PACKER.glob("scripts/*.sh"), *PACKER.glob("codebuild/*")]:
+        for line in path.read_text().splitlines():
+            assert not re.search(r"\bexit 1\b|sys\.exit\(", line) or path.name == "common.sh" or "hail-ami error: " in line, f"{path.name}: {line}"
+
+
+def test_an_image_and_its_snapshots_are_tagged_with_all_that_went_in():
+    template = (PACKER / "hail.pkr.hcl").read_text()
+    tags = re.search(r"\n  tags = \{(.*?)\n  \}", template, re.S).group(1)
+    assert set(re.findall(r"^ +([\w-]+) +=", tags, re.M)) == {
+        "Name", "hail-version", "hail-revision", "vep-version", "emr-release-label", "spark-version", "python-version", "htslib-version",
+        "samtools-version", "packer-version", "r-kernel", "architecture", "root-volume-size", "source-ami", "source-ami-name",
+        "build-project", "build-id",
+    }
+    assert re.search(r"^  tags +=  *local\.tags$", template, re.M) and re.search(r"^  snapshot_tags +=  *local\.tags$", template, re.M)
+
+
+SUBNET = {"Subnets": [{"SubnetId": "subnet-1", "VpcId": "vpc-1"}]}
+KEY = "arn:aws:kms:eu-west-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+KEY_IS_WELL = {"KeyMetadata": {"KeyState": "Enabled", "KeySpec": "SYMMETRIC_DEFAULT", "KeyUsage": "ENCRYPT_DECRYPT"}}
+
+
+def routes(**default):
+    """A route table whose default route leads there: GatewayId="igw-1", ..."""
+    local = {"DestinationCidrBlock": "10.0.0.0/16", "GatewayId": "local", "State": "active"}
+    return {"RouteTables": [{"RouteTableId": "rtb-1", "Routes": [local] + ([{"DestinationCidrBlock": "0.0.0.0/0", "State": "active"} | default] if default else [])}]}
 
 
 @pytest.fixture
@@ -811,72 +863,294 @@ def build(machine):
     echo '{"builds": [{"packer_run_uuid": "0", "artifact_id": "eu-west-1:ami-0"}, {"packer_run_uuid": "1", "artifact_id": "eu-west-1:ami-123"}], "last_run_uuid": "1"}' >manifest.json
     ;;
 esac""")
-    machine.environment |= {
-        "AMI_NAME": "hail", "HAIL_VERSION": "0.2.139", "VEP_VERSION": "none", "EMR_RELEASE_LABEL": "emr-7.13.0", "VPC_ID": "vpc-1",
-        "SUBNET_ID": "subnet-1", "AWS_DEFAULT_REGION": "eu-west-1", "CODEBUILD_BUILD_ID": "project:01234567-89ab-cdef",
+    machine.stand_in("curl", 'case $* in *pypi.org*) printf %s "${PYPI_ANSWERS:-200}"; exit "${PYPI_FAILS:-0}" ;; esac')
+    machine.account = {
+        "ec2 describe-subnets": SUBNET, "ec2 describe-route-tables": routes(GatewayId="igw-1"),
+        "kms describe-key": KEY_IS_WELL, "kms generate-data-key-without-plaintext": {},
     }
+    machine.answers(machine.account)
+    machine.environment |= {
+        "AMI_NAME": "hail", "HAIL_VERSION": "0.2.139", "VEP_VERSION": "none", "EMR_RELEASE_LABEL": RELEASE, "VPC_ID": "vpc-1",
+        "SUBNET_ID": "subnet-1", "AWS_DEFAULT_REGION": "eu-west-1", "CODEBUILD_BUILD_ID": "project:01234567-89ab-cdef",
+    } | {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     return machine
 
 
+def repository(machine, name, files, branch="main", tag=None):
+    """A git repository of one commit; returns its folder and the commit."""
+    folder = machine.folder / "git" / name
+    for path, text in files.items():
+        machine.write(folder / path, text)
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(folder), *words], env=machine.environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "--quiet", f"--initial-branch={branch}")
+    git("add", ".")
+    git("commit", "--quiet", "--message=first")
+    if tag:
+        git("tag", "--annotate", "--message=tag", tag)
+    return folder, git("rev-parse", "HEAD")
+
+
 def buildspec():
-    return yaml.safe_load((PACKER / "buildspec.yml").read_text())
+    spec = yaml.safe_load((PACKER / "buildspec.yml").read_text())
+    # CodeBuild refuses a command that YAML takes for something else.
+    assert all(isinstance(command, str) for phase in spec["phases"].values() for command in phase["commands"])
+    return spec
 
 
 def run_build(machine, **environment):
-    """The build phase as CodeBuild runs it: one shell for all commands, which stops at the first that fails."""
+    """The build as CodeBuild runs it: one shell for all commands, which stops at the first that fails."""
     spec = buildspec()
-    script = "\n".join(f"{{ {command}\n}} || exit 1" for command in spec["phases"]["build"]["commands"])
-    script += "\nenv | grep -E '^(AMI_ID|AMI_NAME)='"
+    commands = [command for phase in spec["phases"].values() for command in phase["commands"]]
+    commands.remove("bash codebuild/install-packer.sh")  # has tests of its own
+    script = "\n".join(f"{{ {command}\n}} || exit 1" for command in commands)
+    script += "\nenv | grep -E '^(AMI_ID|AMI_NAME)=' >exported"
     return machine.run("bash", "-c", f"cd source\n{script}", **(spec["env"]["variables"] | environment))
+
+
+def given_to_packer(machine):
+    return dict(line.removeprefix("PKR_VAR_").split("=", 1) for line in (machine.source / "variables").read_text().splitlines())
+
+
+def the_error(done):
+    """What build-ami finds in the log: the one line, and in it the one sentence."""
+    assert done.returncode != 0, done.stdout
+    found = [line.split("hail-ami error: ", 1)[1] for line in (done.stdout + done.stderr).splitlines() if "hail-ami error: " in line]
+    assert len(found) == 1, done.stdout + done.stderr
+    return found[0]
 
 
 def test_the_buildspec_hands_out_the_id_and_the_name_of_the_ami(build):
     assert sorted(buildspec()["env"]["exported-variables"]) == ["AMI_ID", "AMI_NAME"]
     done = run_build(build)
     assert done.returncode == 0, done.stderr
-    exported = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    exported = dict(line.split("=", 1) for line in (build.source / "exported").read_text().splitlines())
     assert exported["AMI_ID"] == "ami-123"
     assert re.fullmatch(r"hail-\d{8}-01234567", exported["AMI_NAME"])
+    assert f"hail-ami: {exported['AMI_NAME']}, with Hail 0.2.139" in done.stdout and "is ami-123." in done.stdout
 
 
 def test_the_buildspec_gives_packer_every_variable_that_the_template_asks_for(build):
-    assert run_build(build).returncode == 0
-    given = dict(line.removeprefix("PKR_VAR_").split("=", 1) for line in (build.source / "variables").read_text().splitlines())
+    done = run_build(build, KMS_KEY_ID=KEY, R_KERNEL="true", ARCHITECTURE="arm64", ROOT_VOLUME_SIZE="30")
+    assert done.returncode == 0, done.stderr
+    given = given_to_packer(build)
     asked = set(re.findall(r'^variable "(\w+)"', (PACKER / "hail.pkr.hcl").read_text(), re.M))
     assert set(given) == asked
-    assert given["python_version"] == "3.11" and given["spark_version"] == "3.5" and given["root_volume_size"] == "15"
+    assert given["python_version"] == "3.11" and given["spark_version"] == "3.5.6"
+    assert given["kms_key_id"] == KEY and given["r_kernel"] == "true" and given["architecture"] == "arm64" and given["root_volume_size"] == "30"
+    assert given["build_id"] == "project:01234567-89ab-cdef" and given["build_project"] == "project"
+    assert given["hail_revision"] == ""
 
 
-def test_an_image_with_vep_gets_the_largest_root_volume_that_emr_takes(build):
+def test_an_image_without_vep_gets_the_smallest_root_volume_and_one_with_vep_the_largest(build):
+    assert run_build(build).returncode == 0
+    assert given_to_packer(build)["root_volume_size"] == "15" and given_to_packer(build)["r_kernel"] == "false"
     assert run_build(build, VEP_VERSION="115").returncode == 0
-    assert "PKR_VAR_root_volume_size=100" in (build.source / "variables").read_text()
+    assert given_to_packer(build)["root_volume_size"] == "100"
 
 
 @pytest.mark.parametrize("wrong, says", [
-    ({"HAIL_VERSION": "0.2.38"}, "HAIL_VERSION is '0.2.38', which does not run on emr-7.13.0; it should be one of: 0.2.131, "),
-    ({"EMR_RELEASE_LABEL": "emr-5.29.0"}, "EMR_RELEASE_LABEL is 'emr-5.29.0' and should be one of: emr-7.13.0."),
-    ({"VEP_VERSION": "latest"}, "VEP_VERSION is 'latest' and should be none or one of: 105, "),
     ({"AMI_NAME": "my hail"}, "AMI_NAME is 'my hail' and should be"),
     ({"SUBNET_ID": ""}, "SUBNET_ID is empty"),
+    ({"SUBNET_ID": "vpc-1"}, "SUBNET_ID is 'vpc-1' and should be the id of a subnet."),
+    ({"HAIL_VERSION": "--upload-pack=x"}, "HAIL_VERSION is '--upload-pack=x' and should be a version on PyPI, such as 0.2.139, or a branch"),
+    ({"VEP_VERSION": "latest"}, "VEP_VERSION is 'latest' and should be none or a release of Ensembl"),
+    ({"EMR_RELEASE_LABEL": "7.13"}, "EMR_RELEASE_LABEL is '7.13' and should be a release label of EMR, such as emr-7.13.0."),
+    ({"ARCHITECTURE": "aarch64"}, "ARCHITECTURE is 'aarch64' and should be x86_64 or arm64."),
+    ({"SSH_INTERFACE": "public"}, "SSH_INTERFACE is 'public' and should be public_ip or private_ip."),
+    ({"R_KERNEL": "yes"}, "R_KERNEL is 'yes' and should be true or false."),
+    ({"ALLOW_UNTESTED_VERSIONS": "1"}, "ALLOW_UNTESTED_VERSIONS is '1' and should be true or false."),
+    ({"KMS_KEY_ID": "alias/mine"}, "KMS_KEY_ID is 'alias/mine' and should be empty or the ARN of a KMS key in eu-west-1."),
+    ({"KMS_KEY_ID": KEY.replace("eu-west-1", "eu-west-2")}, "and should be empty or the ARN of a KMS key in eu-west-1."),
+    ({"ROOT_VOLUME_SIZE": "8"}, "ROOT_VOLUME_SIZE is '8' and should be a number of GiB from 15 to 100"),
+    ({"ROOT_VOLUME_SIZE": "101"}, "ROOT_VOLUME_SIZE is '101' and should be"),
 ])
-def test_what_cannot_be_built_is_refused_before_packer_starts(build, wrong, says):
-    done = run_build(build, **wrong)
-    assert done.returncode != 0 and says in done.stderr
-    assert not build.called("packer build")
+def test_a_setting_that_cannot_be_is_refused_before_packer_starts(build, wrong, says):
+    assert says in the_error(run_build(build, **wrong))
+    assert not build.called("packer") and not build.called("curl") and not build.called("aws")
+
+
+@pytest.mark.parametrize("asked, nearest", [
+    ({"HAIL_VERSION": "0.2.38"}, "HAIL_VERSION=0.2.131,"),
+    ({"HAIL_VERSION": "0.2.200"}, "HAIL_VERSION=0.2.139,"),
+    ({"HAIL_VERSION": "1.0.0"}, "HAIL_VERSION=0.2.139,"),
+    ({"HAIL_VERSION": "main"}, "HAIL_VERSION=0.2.139,"),
+    ({"HAIL_VERSION": "0.2"}, "HAIL_VERSION=0.2.139,"),
+    ({"EMR_RELEASE_LABEL": "emr-5.29.0"}, "EMR_RELEASE_LABEL=emr-7.3.0,"),
+    ({"EMR_RELEASE_LABEL": "emr-7.9.1"}, "EMR_RELEASE_LABEL=emr-7.9.0,"),
+    ({"EMR_RELEASE_LABEL": "emr-8.1.0"}, "EMR_RELEASE_LABEL=emr-7.13.0,"),
+    ({"VEP_VERSION": "99"}, "VEP_VERSION=105,"),
+    ({"VEP_VERSION": "116"}, "VEP_VERSION=115,"),
+])
+def test_versions_that_are_not_in_the_table_are_refused_with_the_nearest_that_are(build, asked, nearest):
+    error = the_error(run_build(build, **asked))
+    (name, value), = asked.items()
+    assert f"{name} is '{value}', which is not known to work; the nearest that works is EMR_RELEASE_LABEL=" in error
+    assert nearest in error and "ALLOW_UNTESTED_VERSIONS=true builds what was asked for all the same" in error
+    assert not build.called("packer") and not build.called("curl")
+
+
+def test_every_combination_that_is_wrong_is_named_at_once(build):
+    error = the_error(run_build(build, HAIL_VERSION="0.2.38", EMR_RELEASE_LABEL="emr-6.15.0", VEP_VERSION="99"))
+    assert "EMR_RELEASE_LABEL is 'emr-6.15.0' and HAIL_VERSION is '0.2.38' and VEP_VERSION is '99'" in error
+    assert "EMR_RELEASE_LABEL=emr-7.3.0, HAIL_VERSION=0.2.131, VEP_VERSION=105" in error
+
+
+def test_untested_versions_are_let_through_at_ones_own_risk(build):
+    done = run_build(build, HAIL_VERSION="0.2.140", EMR_RELEASE_LABEL="emr-7.14.0", ALLOW_UNTESTED_VERSIONS="true")
+    assert done.returncode == 0, done.stderr
+    assert "hail-ami WARNING: EMR_RELEASE_LABEL is 'emr-7.14.0' and HAIL_VERSION is '0.2.140', which is not known to work" in done.stderr
+    assert "with the Spark 3.5.6 and the Python 3.11 of emr-7.13.0" in done.stderr
+    given = given_to_packer(build)
+    assert given["emr_release_label"] == "emr-7.14.0" and given["hail_version"] == "0.2.140" and given["spark_version"] == "3.5.6"
+
+
+def test_versions_that_work_need_no_permission_and_bring_no_warning(build):
+    done = run_build(build, VEP_VERSION="115", EMR_RELEASE_LABEL="emr-7.3.0", HAIL_VERSION="0.2.131")
+    assert done.returncode == 0 and "WARNING" not in done.stderr
+    assert given_to_packer(build)["spark_version"] == "3.5.1"
+
+
+@pytest.mark.parametrize("asked, says", [
+    ({"PYPI_ANSWERS": "404"}, "HAIL_VERSION is '0.2.139', and PyPI has no such version of Hail"),
+    ({"PYPI_ANSWERS": "503"}, "PyPI answers 503 where it is asked for Hail 0.2.139; start the build again"),
+    ({"PYPI_FAILS": "6"}, "PyPI cannot be asked for Hail 0.2.139; the build needs a way out to the internet."),
+])
+def test_a_hail_that_pypi_has_not_is_refused_before_packer_starts(build, asked, says):
+    assert says in the_error(run_build(build, **asked))
+    assert not build.called("packer")
+
+
+@pytest.mark.parametrize("ref", ["main", "release-1", "commit"])
+def test_a_git_ref_is_resolved_to_the_commit_that_is_built(build, ref):
+    folder, commit = repository(build, "hail", {"hail/Makefile": ""}, tag="release-1")
+    version = commit if ref == "commit" else ref
+    done = run_build(build, HAIL_VERSION=version, HAIL_REPOSITORY=str(folder), ALLOW_UNTESTED_VERSIONS="true")
+    assert done.returncode == 0, done.stderr
+    given = given_to_packer(build)
+    assert given["hail_revision"] == commit and given["hail_version"] == version
+    assert not build.called("curl"), "PyPI is not asked for what does not come from it"
+
+
+@pytest.mark.parametrize("ref, says", [
+    ("no-such-branch", "has no such branch or tag; a commit is named by all of its 40 digits."),
+    ("0123456", "has no such branch or tag; a commit is named by all of its 40 digits."),
+    ("0123456789abcdef0123456789abcdef01234567", "has no such commit."),
+])
+def test_a_git_ref_that_does_not_exist_is_refused_before_packer_starts(build, ref, says):
+    folder, _ = repository(build, "hail", {"hail/Makefile": ""})
+    error = the_error(run_build(build, HAIL_VERSION=ref, HAIL_REPOSITORY=str(folder), ALLOW_UNTESTED_VERSIONS="true"))
+    assert f"HAIL_VERSION is '{ref}', and {folder} " in error and says in error
+    assert not build.called("packer")
+
+
+def test_a_repository_that_cannot_be_reached_is_told_from_a_ref_that_does_not_exist(build):
+    error = the_error(run_build(build, HAIL_VERSION="main", HAIL_REPOSITORY=str(build.folder / "nothing"), ALLOW_UNTESTED_VERSIONS="true"))
+    assert "cannot be asked for 'main'; the build needs a way out to the internet." in error
+
+
+MAIN = "ec2 describe-route-tables Name=association.main,Values=true"
+NAT = routes(NatGatewayId="nat-1")
+
+
+@pytest.mark.parametrize("interface, own, main", [
+    ("public_ip", routes(GatewayId="igw-1"), None),
+    ("public_ip", {"RouteTables": []}, routes(GatewayId="igw-1")),
+    ("private_ip", NAT, None),
+    ("private_ip", routes(TransitGatewayId="tgw-1"), None),
+    ("private_ip", {"RouteTables": []}, NAT),
+])
+def test_a_subnet_with_a_way_out_is_built_in(build, interface, own, main):
+    build.answers(build.account | {"ec2 describe-route-tables": own} | ({MAIN: main} if main else {}))
+    done = run_build(build, SSH_INTERFACE=interface)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("interface, own, main, says", [
+    ("public_ip", routes(), None, "no default route (0.0.0.0/0) to an internet gateway"),
+    ("public_ip", NAT, None, "no default route (0.0.0.0/0) to an internet gateway"),
+    ("public_ip", routes(GatewayId="igw-1", State="blackhole"), None, "no default route (0.0.0.0/0) to an internet gateway"),
+    ("public_ip", routes(), routes(GatewayId="igw-1"), "no default route (0.0.0.0/0) to an internet gateway"),
+    ("public_ip", {"RouteTables": []}, routes(), "no default route (0.0.0.0/0) to an internet gateway"),
+    ("private_ip", routes(), None, "no default route (0.0.0.0/0) to a NAT gateway or the like"),
+    ("private_ip", routes(GatewayId="igw-1"), None, "no default route (0.0.0.0/0) to a NAT gateway or the like"),
+])
+def test_a_subnet_without_a_way_out_is_refused_before_packer_starts(build, interface, own, main, says):
+    build.answers(build.account | {"ec2 describe-route-tables": own} | ({MAIN: main} if main else {}))
+    error = the_error(run_build(build, SSH_INTERFACE=interface))
+    assert "The subnet subnet-1 has no way out" in error and says in error
+    assert not build.called("packer")
+
+
+def test_a_subnet_that_is_not_there_or_in_another_vpc_is_refused(build):
+    build.refuses({"describe-subnets": "An error occurred (InvalidSubnetID.NotFound): The subnet ID 'subnet-1' does not exist"})
+    assert the_error(run_build(build)).endswith("The subnet ID 'subnet-1' does not exist")
+    build.refuses({})
+    assert "SUBNET_ID is 'subnet-1', which is in vpc-1 and not in VPC_ID, 'vpc-2'." in the_error(run_build(build, VPC_ID="vpc-2"))
+
+
+@pytest.mark.parametrize("refused, key, says", [
+    ({"describe-key": "An error occurred (AccessDeniedException): not authorized"}, KEY_IS_WELL, "which the role of the build may not look at: An error"),
+    ({"generate-data-key": "An error occurred (AccessDeniedException): no"}, KEY_IS_WELL, "which the role of the build may not use: An error"),
+    ({}, {"KeyMetadata": KEY_IS_WELL["KeyMetadata"] | {"KeyState": "PendingDeletion"}}, "which is PendingDeletion SYMMETRIC_DEFAULT"),
+    ({}, {"KeyMetadata": KEY_IS_WELL["KeyMetadata"] | {"KeySpec": "RSA_2048"}}, "which is Enabled RSA_2048"),
+])
+def test_a_kms_key_that_cannot_be_used_is_refused_before_packer_starts(build, refused, key, says):
+    build.answers(build.account | {"kms describe-key": key})
+    build.refuses(refused)
+    error = the_error(run_build(build, KMS_KEY_ID=KEY))
+    assert f"KMS_KEY_ID is '{KEY}', {says}" in error
+    assert not build.called("packer")
+
+
+def test_a_role_that_may_not_look_at_the_routes_is_told_so(build):
+    build.refuses({"describe-route-tables": "An error occurred (UnauthorizedOperation): You are not authorized"})
+    assert the_error(run_build(build)) == "The routes of subnet-1 cannot be looked at: An error occurred (UnauthorizedOperation): You are not authorized"
+
+
+def test_a_build_without_a_kms_key_asks_for_none(build):
+    assert run_build(build).returncode == 0
+    assert not build.called("aws kms")
 
 
 def test_a_build_without_an_ami_does_not_succeed(build):
     build.stand_in("packer", "echo '{\"builds\": [], \"last_run_uuid\": \"1\"}' >manifest.json")
-    done = run_build(build)
-    assert done.returncode != 0 and "names 0 AMIs" in done.stderr
+    assert "names 0 AMIs" in the_error(run_build(build))
+
+
+@pytest.mark.parametrize("log, says", [
+    ("Build 'amazon-ebs.hail' errored after 3 minutes 2 seconds: Timeout waiting for SSH.", "packer build failed: Timeout waiting for SSH."),
+    ("Error: no plugin installed for github.com/hashicorp/amazon 1.5.0", "packer build failed: no plugin installed for github.com/hashicorp/amazon 1.5.0."),
+    ("cannot allocate memory", "packer build failed: what it said is above."),
+    ("==> amazon-ebs.hail: Error modify AMI attributes: not authorized\nBuild 'amazon-ebs.hail' errored after 9 minutes: Error "
+     "deregistering existing AMI", "packer build failed: Error modify AMI attributes: not authorized."),
+    ("==> amazon-ebs.hail: Error waiting for instance (i-1) to become ready: ResourceNotReady: failed waiting.",
+     "packer build failed: Error waiting for instance (i-1) to become ready: ResourceNotReady: failed waiting; an instance that ends at once often cannot use the KMS key, or its subnet has no room."),
+    ("    amazon-ebs.hail: hail.sh: hail-ami error: Hail does not compute.\n"
+     "Build 'amazon-ebs.hail' errored after 3 minutes: Script exited with non-zero exit status: 1.", "Hail does not compute."),
+])
+def test_why_packer_failed_is_told_in_one_sentence_and_that_of_a_script_goes_first(build, log, says):
+    build.stand_in("packer", f'[ "$1" = build ] || exit 0; cat <<"LOG"\n{log}\nLOG\nexit 1')
+    assert the_error(run_build(build)) == says
 
 
 def test_a_packer_that_is_not_the_pinned_one_is_not_installed(build):
     build.stand_in("curl", 'while [ "$1" != --output ]; do shift; done; echo something else >"$2"')
     build.stand_in("unzip")
-    done = build.run("bash", "-c", "cd source && bash codebuild/install-packer.sh")
-    assert done.returncode == 1 and "is not the file that versions.env names" in done.stderr
+    assert "is not the file that versions.env names" in the_error(build.run("bash", "-c", "cd source && bash codebuild/install-packer.sh"))
     assert not build.called("unzip")
+
+
+def pin(machine, **values):
+    """Other versions than the real ones, where the test brings what is downloaded."""
+    versions = machine.source / "versions.env"
+    text = versions.read_text()
+    for name, value in values.items():
+        text, count = re.subn(rf"^{name}=.*", f"{name}={value}", text, flags=re.M)
+        assert count == 1, name
+    versions.write_text(text)
 
 
 def test_the_packer_that_is_pinned_is_installed(build):
@@ -886,8 +1160,7 @@ def test_the_packer_that_is_pinned_is_installed(build):
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("packer", "the pinned packer")
     checksum = hashlib.sha256(archive.read_bytes()).hexdigest()
-    versions = build.source / "versions.env"
-    versions.write_text(re.sub(r"^(PACKER_SHA256_\w+)=.*", rf"\1={checksum}", versions.read_text(), flags=re.M))
+    pin(build, PACKER_SHA256_AMD64=checksum, PACKER_SHA256_ARM64=checksum)
     build.stand_in("curl", f'while [ "$1" != --output ]; do shift; done; cp "{archive}" "$2"')
     done = build.run("bash", "-c", "cd source && bash codebuild/install-packer.sh", BIN=str(build.bin))
     assert done.returncode == 0, done.stderr
@@ -895,39 +1168,311 @@ def test_the_packer_that_is_pinned_is_installed(build):
     assert build.called("curl", f"https://releases.hashicorp.com/packer/{VERSIONS['PACKER_VERSION']}/packer_{VERSIONS['PACKER_VERSION']}_linux_")
 
 
+# ---- what runs on the build instance ---------------------------------------------------------------------------
+
+
+def provision(machine, script, **environment):
+    return machine.run("bash", machine.source / f"scripts/{script}.sh", **({
+        "SOURCES": str(machine.source), "VEP_VERSION": "115", "HAIL_BUCKET": "hail-bucket", "OPEN_DATA_BUCKET": "open-data",
+        "PREFIX": str(machine.folder / "prefix"), "VEP_PREFIX": str(machine.folder / "vep"), "PYTHON_VERSION": "3.11",
+        "SPARK_VERSION": "3.5.6", "HAIL_REVISION": "", "R_KERNEL": "false",
+    } | environment))
+
+
 def test_a_download_that_changed_ends_the_provisioning(build):
     build.stand_in("curl", 'while [ "$1" != --output ]; do shift; done; echo something else >"$2"')
-    done = build.run("bash", build.source / "scripts/samtools.sh", SOURCES=str(build.source), PREFIX=str(build.folder / "prefix"))
-    assert done.returncode == 1 and "htslib-1.23.1.tar.bz2 is not the file that versions.env names" in done.stderr
+    assert "htslib-1.23.1.tar.bz2 is not the file that versions.env names" in the_error(provision(build, "samtools"))
     assert not (build.folder / "prefix").exists()
 
 
-def vep_cache(machine, **environment):
-    return machine.run("bash", machine.source / "scripts/vep-cache.sh", SOURCES=str(machine.source), **(
-        {"VEP_VERSION": "115", "HAIL_BUCKET": "hail-bucket", "OPEN_DATA_BUCKET": "open-data"} | environment))
+@pytest.mark.parametrize("script", ["system", "clean"])
+def test_a_command_that_fails_where_nobody_expected_it_is_told_in_one_sentence(build, script):
+    build.stand_in("dnf", "[ $1 = install ]")
+    build.stand_in("systemctl", "exit 3")
+    command, status = {"system": ("systemctl disable --now httpd", 3), "clean": ("dnf clean all", 1)}[script]
+    error = the_error(provision(build, script))
+    assert error == f"the build ended at '{command}', with status {status}; what it said is above."
 
 
-def test_a_vep_cache_that_is_missing_ends_the_build_at_its_start_and_is_named(build):
-    build.answers({"s3api head-object": {}})
-    build.refuses({"GRCh38": "An error occurred (404)"})
-    done = vep_cache(build)
-    assert done.returncode == 1
-    assert "VEP 115 has no cache for GRCh38: vep/cache/homo_sapiens_vep_115_GRCh38.tar.gz" in done.stderr
+def test_a_compiler_that_fails_ends_the_provisioning_at_once_and_its_words_are_shown(build):
+    source = build.folder / "htslib-1.23.1"
+    build.write(source / "configure", "#!/bin/sh\necho no zlib; exit 1\n").chmod(0o755)
+    subprocess.run(["tar", "-cjf", "htslib.tar.bz2", source.name], cwd=build.folder, check=True)
+    pin(build, HTSLIB_SHA256=hashlib.sha256((build.folder / "htslib.tar.bz2").read_bytes()).hexdigest())
+    build.stand_in("curl", f'while [ "$1" != --output ]; do shift; done; cp "{build.folder}/htslib.tar.bz2" "$2"')
+    build.stand_in("make")
+    done = provision(build, "samtools")
+    assert the_error(done) == "htslib 1.23.1 cannot be built."
+    assert "no zlib" in done.stdout and not build.called("make")
 
 
-def test_the_vep_caches_are_looked_for_in_the_hail_bucket_first_and_noted(build):
-    build.answers({"s3api head-object": {}})
-    build.refuses({"--no-sign-request --bucket hail-bucket": "An error occurred (403)", "hail-bucket --key vep/cache/homo_sapiens_vep_115_GRCh37": "404"})
-    assert vep_cache(build).returncode == 0
-    assert (build.source / "vep-caches").read_text().split("\n")[:2] == [
-        "GRCh37 s3://open-data/vep/cache/homo_sapiens_vep_115_GRCh37.tar.gz --no-sign-request",
-        "GRCh38 s3://hail-bucket/vep/cache/homo_sapiens_vep_115_GRCh38.tar.gz ",
+@pytest.fixture
+def pip(build):
+    """Python's venv and pip, which only note what they are asked for; the real ones are for the real build."""
+    build.write("venv-python", f"""#!/bin/bash
+echo "python $*" >>"{build.folder}/calls"
+case $* in
+  "-m pip install"*)
+    while [ "$1" != --requirement ]; do shift; done
+    [ "${{2##*/}}" = source-build.txt ] || cp "$2" "{build.folder}/installed"
+    cp "$PIP_CONSTRAINT" "{build.folder}/constraints" 2>/dev/null
+    exit "${{PIP_FAILS:-0}}" ;;
+  "-m pip freeze"*) cat "{build.folder}/installed" ;;
+  *) echo "{build.folder}/hail-all-spark.jar" ;;
+esac
+""").chmod(0o755)
+    build.stand_in("python3.11", f'mkdir -p "$3/bin" && cp "{build.folder}/venv-python" "$3/bin/python"')
+    build.stand_in("dnf")
+    build.write("hail-all-spark.jar")
+    return build
+
+
+def test_hail_is_installed_from_pypi_with_its_pinned_packages_and_may_be_so_twice(pip):
+    for _ in range(2):
+        done = provision(pip, "hail")
+        assert done.returncode == 0, done.stderr
+    pinned = (PACKER / "requirements/hail-0.2.139.txt").read_text()
+    assert (pip.folder / "prefix/requirements.txt").read_text() == pinned
+    assert (pip.folder / "constraints").read_text() == "setuptools==81.0.0\n"
+    assert os.readlink(pip.folder / "prefix/hail-all-spark.jar") == str(pip.folder / "hail-all-spark.jar")
+    assert "WARNING" not in done.stdout and not pip.called("dnf")
+
+
+def test_an_untested_hail_is_installed_with_the_same_packages_and_the_spark_of_the_cluster(pip):
+    done = provision(pip, "hail", HAIL_VERSION="0.2.140")
+    assert done.returncode == 0, done.stderr
+    installed = (pip.folder / "installed").read_text().splitlines()
+    companions = (PACKER / "requirements/hail.in").read_text().splitlines()
+    assert installed == [*companions, "hail==0.2.140", "pyspark==3.5.*"]
+    assert "hail-ami WARNING: the packages beside Hail 0.2.140 are not pinned" in done.stdout
+
+
+def test_a_hail_that_cannot_be_installed_ends_the_provisioning(pip):
+    assert the_error(provision(pip, "hail", PIP_FAILS="1")) == "Hail 0.2.139 cannot be installed on Python 3.11 with Spark 3.5; pip's words are above."
+
+
+def test_a_wheel_without_the_jar_ends_the_provisioning(pip):
+    (pip.folder / "hail-all-spark.jar").unlink()
+    assert "the wheel of Hail 0.2.139 has no " in the_error(provision(pip, "hail"))
+
+
+@pytest.fixture
+def source(pip):
+    """A Hail that can be built: make is a stand-in that leaves a wheel where Hail's own Makefile does."""
+    folder, commit = repository(pip, "hail", {"hail/Makefile": "wheel:\n"})
+    pip.environment |= {"HAIL_VERSION": "main", "HAIL_REVISION": commit, "HAIL_REPOSITORY": str(folder)}
+    pip.stand_in("make", """
+[ -z "$MAKE_FAILS" ] || { echo "error: not found: value hail"; exit 2; }
+echo "made with $JAVA_HOME at $(git -C "$2" rev-parse HEAD)" >>"${0%/*}/../calls"
+[ -n "$NO_WHEEL" ] || { mkdir -p "$2/build/deploy/dist" && touch "$2/build/deploy/dist/hail-0.2.140-py3-none-any.whl"; }
+""")
+    return pip
+
+
+def test_hail_is_built_from_its_source_at_the_commit_that_was_resolved_and_may_be_so_twice(source):
+    for _ in range(2):
+        done = provision(source, "hail", HAIL_REVISION=source.environment["HAIL_REVISION"])
+        assert done.returncode == 0, done.stderr
+    make, = set(call.split("source/hail ")[1] for call in source.called("make -C"))
+    assert make.startswith("wheel HAIL_RELEASE_MODE=1") and make.endswith("HAIL_COMPILE_NATIVES=1 SCALA_VERSION=2.12.18 SPARK_VERSION=3.5.3")
+    assert source.called(f"made with /usr/lib/jvm/java-11-amazon-corretto at {source.environment['HAIL_REVISION']}")
+    assert source.called("dnf install", "java-11-amazon-corretto-devel")
+    installed = (source.folder / "installed").read_text().splitlines()
+    assert re.fullmatch(r"/.*/hail-0\.2\.140-py3-none-any\.whl", installed[-2]) and installed[-1] == "pyspark==3.5.*"
+    assert (source.folder / "prefix/hail-all-spark.jar").is_symlink()
+    assert (source.folder / "prefix/requirements.txt").exists()
+    assert not list((source.folder / "tmp").iterdir()), "what was only needed to build is left behind"
+
+
+@pytest.mark.parametrize("environment, says", [
+    ({"MAKE_FAILS": "1"}, "cannot be built from its source; make's words are above."),
+    ({"NO_WHEEL": "1"}, "was built, and there is no wheel in build/deploy/dist."),
+    ({"HAIL_REVISION": "0" * 40}, "cannot be fetched."),
+])
+def test_a_source_that_cannot_be_built_ends_the_provisioning(source, environment, says):
+    done = provision(source, "hail", **({"HAIL_REVISION": source.environment["HAIL_REVISION"]} | environment))
+    assert says in the_error(done)
+    if "MAKE_FAILS" in environment:
+        assert "error: not found: value hail" in done.stdout
+
+
+def test_the_r_kernel_is_installed_where_it_was_asked_for_and_may_be_so_twice(build):
+    build.stand_in("dnf")
+    build.stand_in("Rscript", 'exit "${R_FAILS:-0}"')
+    folders = {"R_LIBRARY": str(build.folder / "library"), "JUPYTER_KERNELS": str(build.folder / "kernels")}
+    assert provision(build, "r", **folders).returncode == 0
+    assert not build.called("dnf") and not (build.folder / "kernels").exists()
+    for _ in range(2):
+        done = provision(build, "r", R_KERNEL="true", **folders)
+        assert done.returncode == 0, done.stderr
+    kernel = json.loads((build.folder / "kernels/ir/kernel.json").read_text())
+    assert kernel["argv"][0] == "R" and "{connection_file}" in kernel["argv"] and kernel["env"]["R_LIBS"] == folders["R_LIBRARY"]
+    assert build.called("Rscript", f"https://packagemanager.posit.co/cran/{VERSIONS['CRAN_SNAPSHOT']}")
+    assert the_error(provision(build, "r", R_KERNEL="true", R_FAILS="1", **folders)) == f"IRkernel cannot be installed from the CRAN of {VERSIONS['CRAN_SNAPSHOT']}."
+
+
+VEP_DATA = [
+    ("cache", "GRCh37", "vep/cache/homo_sapiens_vep_115_GRCh37.tar.gz"), ("fasta", "GRCh37", "vep/fasta/Homo_sapiens.GRCh37.dna.primary_assembly.fa.gz"),
+    ("loftee", "GRCh37", "vep/loftee/GRCh37.tar"),
+    ("cache", "GRCh38", "vep/cache/homo_sapiens_vep_115_GRCh38.tar.gz"), ("fasta", "GRCh38", "vep/fasta/Homo_sapiens.GRCh38.dna.primary_assembly.fa.gz"),
+    ("loftee", "GRCh38", "vep/loftee/GRCh38.tar"),
+]
+
+
+@pytest.fixture
+def vep(build):
+    build.answers({"s3api head-object": {"ContentLength": 1024}})
+    (build.folder / "vep").mkdir()
+    return build
+
+
+@pytest.mark.parametrize("key", [key for _, _, key in VEP_DATA])
+def test_what_vep_reads_and_is_missing_ends_the_build_at_its_start_and_is_named(vep, key):
+    vep.refuses({key: "An error occurred (404)"})
+    error = the_error(provision(vep, "vep-cache"))
+    assert f"VEP 115 reads what is in none of the buckets (hail-bucket open-data): {key}. Bring it there" in error
+
+
+def test_all_that_is_missing_is_named_at_once(vep):
+    vep.refuses({"vep/loftee": "An error occurred (404)"})
+    assert "(hail-bucket open-data): vep/loftee/GRCh37.tar vep/loftee/GRCh38.tar. Bring" in the_error(provision(vep, "vep-cache"))
+
+
+def test_what_vep_reads_is_looked_for_in_the_hail_bucket_first_and_noted(vep):
+    vep.refuses({"--no-sign-request --bucket hail-bucket": "An error occurred (403)", "hail-bucket --key vep/cache/homo_sapiens_vep_115_GRCh37": "404"})
+    done = provision(vep, "vep-cache")
+    assert done.returncode == 0, done.stderr
+    assert (vep.source / "vep-data").read_text().splitlines() == [
+        f"{kind} {build} s3://open-data/{key} --no-sign-request" if "cache_" in key or key.endswith("115_GRCh37.tar.gz") else f"{kind} {build} s3://hail-bucket/{key} "
+        for kind, build, key in VEP_DATA
     ]
 
 
-def test_a_build_without_vep_asks_for_no_cache(build):
-    assert vep_cache(build, VEP_VERSION="none").returncode == 0
-    assert not build.called("aws")
+def test_a_root_volume_that_is_too_small_for_what_vep_reads_is_told_at_the_start(vep):
+    vep.answers({"s3api head-object": {"ContentLength": 10**12}})
+    error = the_error(provision(vep, "vep-cache"))
+    assert re.search(r"VEP 115 needs about \d+ GiB and the root volume has +\d+ GiB left; build with a larger ROOT_VOLUME_SIZE", error)
+
+
+def test_a_build_without_vep_asks_for_no_cache(vep):
+    assert provision(vep, "vep-cache", VEP_VERSION="none").returncode == 0
+    assert provision(vep, "vep", VEP_VERSION="none").returncode == 0
+    assert not vep.called("aws")
+
+
+def packed(folder, files, mode):
+    archive = folder / "archive"
+    with tarfile.open(archive, mode) as file:
+        for name, text in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text)
+            file.addfile(entry, io.BytesIO(text))
+    return archive.read_bytes()
+
+
+LOFTEE_DATA = {
+    "GRCh37": ["human_ancestor.fa.gz", "phylocsf_gerp.sql", "GERP_scores.final.sorted.txt.gz", "GERP_scores.final.sorted.txt.gz.tbi"],
+    "GRCh38": ["human_ancestor.fa.gz", "loftee.sql", "gerp_conservation_scores.homo_sapiens.GRCh38.bw"],
+}
+
+
+@pytest.fixture
+def vep_sources(vep):
+    """All that vep.sh fetches, small: repositories, the objects in S3, what is compiled."""
+    for tool in ("bgzip", "samtools"):
+        if not shutil.which(tool):
+            pytest.skip(f"{tool} is not installed")
+    vep.environment["VEP_REPOSITORY"] = str(repository(vep, "ensembl-vep", {"INSTALL.pl": "", "vep": ""}, tag="release/115.2")[0])
+    vep.environment["VEP_PLUGINS_REPOSITORY"] = str(repository(vep, "VEP_plugins", {"CADD.pm": ""}, branch="release/115")[0])
+    folder, commit = repository(vep, "loftee", {"LoF.pm": ""})
+    bigfile = packed(vep.folder, {"Bio-BigFile-1.07/Build.PL": b""}, "w:gz")
+    vep.write("bigfile").write_bytes(bigfile)
+    vep.write("kent").write_bytes(packed(vep.folder, {"kent-335_base/src/inc/common.mk": b""}, "w:gz"))
+    pin(vep, LOFTEE_REPOSITORY=folder, LOFTEE_COMMIT_GRCh37=commit, LOFTEE_COMMIT_GRCh38=commit, BIO_BIGFILE_SHA256=hashlib.sha256(bigfile).hexdigest())
+    vep.stand_in("curl", f'if [ "$7" = --output ]; then cp "{vep.folder}/bigfile" "$8"; else cat "{vep.folder}/kent"; fi')
+    vep.stand_in("dnf")
+    vep.stand_in("make", 'exit "${MAKE_FAILS:-0}"')
+    vep.stand_in("perl", 'case $* in Build.PL*) mkdir -p "$3" && printf "#!/bin/sh\n" >Build && chmod +x Build ;; esac')
+    sequence = gzip.compress(b">1\nACGTACGT\n")
+    ancestor = subprocess.run(["bgzip", "-c"], input=b">1\nACGTACGT\n", capture_output=True, check=True).stdout
+    for build, data in LOFTEE_DATA.items():
+        # As the Hail team packs them: the data of GRCh37 in a folder, that of GRCh38 in none.
+        top = "loftee_data/" if build == "GRCh37" else ""
+        for key, content in {
+            f"cache/homo_sapiens_vep_115_{build}.tar.gz": packed(vep.folder, {f"homo_sapiens/115_{build}/info.txt": b"x"}, "w:gz"),
+            f"fasta/Homo_sapiens.{build}.dna.primary_assembly.fa.gz": sequence,
+            f"loftee/{build}.tar": packed(vep.folder, {top + name: ancestor if "ancestor" in name else b"x" for name in data}, "w"),
+        }.items():
+            vep.write(f"s3/hail-bucket/vep/{key}").write_bytes(content)
+    return vep
+
+
+def test_vep_is_installed_with_its_plugins_and_loftee_and_may_be_so_twice(vep_sources):
+    assert provision(vep_sources, "vep-cache").returncode == 0
+    for _ in range(2):
+        done = provision(vep_sources, "vep")
+        assert done.returncode == 0, done.stderr + done.stdout
+    prefix = vep_sources.folder / "vep"
+    there = {path.relative_to(prefix).as_posix() for path in prefix.rglob("*") if path.is_file() and ".git/" not in path.as_posix()}
+    assert there >= {"ensembl-vep/vep", "Plugins/CADD.pm", "loftee/GRCh37/LoF.pm", "loftee/GRCh38/LoF.pm"}
+    for build, data in LOFTEE_DATA.items():
+        assert there >= {f"loftee-data/{build}/{name}" for name in [*data, "human_ancestor.fa.gz.fai", "human_ancestor.fa.gz.gzi"]}
+        assert f"cache/homo_sapiens/115_{build}/info.txt" in there
+        fasta = prefix / f"fasta/Homo_sapiens.{build}.dna.primary_assembly.fa.gz"
+        part = subprocess.run(["samtools", "faidx", str(fasta), "1:2-5"], capture_output=True, text=True, check=True)
+        assert part.stdout == ">1:2-5\nCGTA\n"
+    # What the configurations that hail-s3 seeds name is where they name it.
+    for build in LOFTEE_DATA:
+        words = " ".join(vep_configuration(build)["command"] + list(vep_configuration(build)["env"].values()))
+        for path in re.findall(r"/opt/vep(/[\w./-]*)", words):
+            assert (prefix / path[1:]).exists() or path == "/perl5/lib/perl5", path
+
+
+@pytest.mark.parametrize("environment, says", [
+    ({"MAKE_FAILS": "1"}, "what LOFTEE reads conservation scores with, Bio::DB::BigWig, cannot be built."),
+    ({"VEP_REPOSITORY": "/nothing"}, "release/115.2 of /nothing cannot be fetched."),
+])
+def test_a_vep_that_cannot_be_installed_ends_the_provisioning(vep_sources, environment, says):
+    assert provision(vep_sources, "vep-cache").returncode == 0
+    assert the_error(provision(vep_sources, "vep", **environment)) == says
+
+
+@pytest.mark.parametrize("wrong, says", [
+    ({}, None),
+    ({"PYTHON_VERSION": "3.12"}, "Python of "),
+    ({"HAIL_VERSION": "0.2.138"}, "Hail is '0.2.139' and should be '0.2.138'."),
+    ({"HAIL_REVISION": "f" * 40}, "Hail's commit is '0123456789ab' and should be 'ffffffffffff'."),
+    ({"SPARK_VERSION": "4.1.1"}, "Spark is '3.5' and should be '4.1'."),
+    ({"HTTPD": "/nothing"}, "the web server for the plots is missing."),
+    ({"HAIL_FAILS": "1"}, "Hail does not compute."),
+    ({"R_KERNEL": "true", "R_FAILS": "1"}, "the R kernel does not load."),
+    ({"VEP_VERSION": "115"}, "what VEP reads for GRCh37 is not whole: "),
+    ({"VEP_VERSION": "114"}, "VEP is '115' and should be '114'."),
+])
+def test_the_image_test_fails_an_image_that_is_not_what_was_asked_for(build, wrong, says):
+    build.write("hail/bin/python", """#!/bin/bash
+case $* in
+  *version_info*) echo 3.11 ;;
+  *'version("hail")'*) echo 0.2.139 ;;
+  *hail.__version__*) echo 0123456789ab ;;
+  *pyspark*) echo 3.5 ;;
+  '- '*) [ -z "$HAIL_FAILS" ] && echo plot >plot.html ;;
+esac
+""").chmod(0o755)
+    build.write("hail/requirements.txt", "hail==0.2.139\n")
+    for tool in ("bgzip", "samtools"):
+        build.write(f"local/bin/{tool}", "#!/bin/sh\necho x 1.23.1\n").chmod(0o755)
+    build.write("vep/ensembl-vep/vep", "#!/bin/sh\necho '  ensembl-vep : 115.2'\n").chmod(0o755)
+    build.stand_in("systemctl", "echo disabled; exit 1")
+    build.stand_in("perl")
+    build.stand_in("Rscript", 'exit "${R_FAILS:-0}"')
+    done = provision(build, "tests", **({
+        "HAIL_PREFIX": str(build.folder / "hail"), "LOCAL_PREFIX": str(build.folder / "local"), "HTTPD": "/bin/sh", "VEP_VERSION": "none",
+    } | wrong))
+    if says is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert says in the_error(done)
 
 
 def parse_type(text):
@@ -948,10 +1493,13 @@ def parse_type(text):
     return fields, rest[1:]
 
 
+def vep_configuration(build_of_the_genome):
+    return json.loads((PACKER / "vep" / f"vep-configuration-{build_of_the_genome}.json").read_text())
+
+
 @pytest.mark.parametrize("build_of_the_genome", ["GRCh37", "GRCh38"])
 def test_the_vep_configuration_is_what_hail_reads(build_of_the_genome):
-    path = PACKER / "vep" / f"vep-configuration-{build_of_the_genome}.json"
-    configuration = json.loads(path.read_text())
+    configuration = vep_configuration(build_of_the_genome)
     assert set(configuration) == {"command", "env", "vep_json_schema"}
     command = configuration["command"]
     assert all(isinstance(word, str) for word in command)
@@ -963,10 +1511,13 @@ def test_the_vep_configuration_is_what_hail_reads(build_of_the_genome):
     assert rest == ""
     assert schema["most_severe_consequence"] == "String"
     assert schema["transcript_consequences"][0]["consequence_terms"] == ["String"]
-    # Where vep.sh puts them.
-    vep = (PACKER / "scripts" / "vep.sh").read_text()
-    assert command[0] == "/opt/vep/ensembl-vep/vep" and "/opt/vep/ensembl-vep" in vep
-    assert command[command.index("--dir_cache") + 1] == "/opt/vep/cache" and "-C /opt/vep/cache" in vep
+    # The files that LOFTEE of this build reads are those that the image test wants there.
+    plugin = command[command.index("--plugin") + 1]
+    named = {word.rsplit("/", 1)[1] for word in plugin.split(",") if "loftee-data" in word}
+    assert named == {name for name in LOFTEE_DATA[build_of_the_genome] if not name.endswith(".tbi")}
+    image_test = (PACKER / "scripts/tests.sh").read_text()
+    assert all(name in image_test for name in LOFTEE_DATA[build_of_the_genome])
+    assert {"lof", "lof_filter", "lof_flags", "lof_info"} <= set(schema["transcript_consequences"][0])
 
 
 def packer_command():
@@ -982,7 +1533,8 @@ def test_packer_has_nothing_to_format():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_packer_takes_the_template(machine):
+@pytest.mark.parametrize("kms_key_id", ["", KEY])
+def test_packer_takes_the_template(machine, kms_key_id):
     packer, version = packer_command()
     if not version.startswith("1.6."):
         pytest.skip(f"packer {version} would have to download its amazon plugin; 1.6 has one built in")
@@ -996,7 +1548,7 @@ def test_packer_takes_the_template(machine):
     machine.write("source/hail.pkr.hcl", template)
     blocks = re.findall(r'^variable "(\w+)" \{(.*?)^\}', template, re.M | re.S)
     values = {name: "x" for name, block in blocks if "default" not in block}
-    values |= {"ami_name": "hail-1", "architecture": "arm64", "region": "eu-west-1", "ssh_interface": "public_ip", "root_volume_size": "15"}
+    values |= {"kms_key_id": kms_key_id, "ami_name": "hail-1", "architecture": "arm64", "region": "eu-west-1", "ssh_interface": "public_ip", "root_volume_size": "15"}
     arguments = [word for name, value in values.items() for word in ("-var", f"{name}={value}")]
     done = subprocess.run([packer, "validate", *arguments, "."], cwd=machine.folder / "source", capture_output=True, text=True,
                           env=os.environ | {"HOME": str(machine.folder), "CHECKPOINT_DISABLE": "1"})

@@ -14,10 +14,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 STACKS = ("hail-s3", "hail-jupyter", "hail-ami", "hail-emr")
+KEY = "arn:aws:kms:us-east-1:123456789012:key"
 
 # What is allowed on every resource, and why: the same reason stands beside the line in the template.
 ON_EVERY_RESOURCE = {
     "ec2:Describe*": "EC2 takes no resource for what only describes",
+    "cloudformation:DescribeStacks": "CloudFormation has no resource for a list of stacks",
     "elasticmapreduce:ListClusters": "EMR has no resource for a list of clusters",
     "ssm:UpdateInstanceInformation": "the channels of Session Manager are no resources",
     "ssmmessages:*Channel": "the channels of Session Manager are no resources",
@@ -28,13 +30,18 @@ ACTIONS = {
     "s3:HeadObject": "s3:GetObject",
     "s3:ListObjectsV2": "s3:ListBucket",
     "s3:DeleteObjects": "s3:DeleteObject",
+    "s3:ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "s3:ListObjectVersions": "s3:ListBucketVersions",
+    "s3:PutBucketLifecycleConfiguration": "s3:PutLifecycleConfiguration",
 }
 SERVICES = {"codebuild": "codebuild", "ec2": "ec2", "emr": "elasticmapreduce", "logs": "logs", "s3": "s3"}
-SERVICES |= {"sagemaker": "sagemaker", "scheduler": "scheduler", "ssm": "ssm"}
+SERVICES |= {"cloudformation": "cloudformation", "sagemaker": "sagemaker", "scheduler": "scheduler", "sns": "sns"}
+SERVICES |= {"ssm": "ssm"}
 
 # What AWS asks of a function besides its own calls; the templates say why.
 BESIDES = {
-    "build-ami": {"ec2:DescribeImages"},
+    # A snapshot is deleted with its AMI.
+    "build-ami": {"ec2:DeleteSnapshot"},
     "refresh-notebook": {
         "ec2:AttachNetworkInterface",
         "ec2:CreateNetworkInterface",
@@ -46,6 +53,10 @@ BESIDES = {
         "ec2:DescribeVpcs",
         "ec2:ModifyNetworkInterfaceAttribute",
     },
+    # DeleteObjects of versions.
+    "remove-buckets": {"s3:DeleteObjectVersion"},
+    # What S3 does with the KMS key for whoever puts and gets.
+    "seed-buckets": {"kms:Decrypt", "kms:GenerateDataKey"},
 }
 
 
@@ -139,6 +150,8 @@ def resolved(value):
         return listed(value["Fn::Sub"])[0]
     if "Fn::GetAtt" in value:
         return "${%s}" % ".".join(value["Fn::GetAtt"])
+    if "Fn::If" in value:
+        return next(resolved(part) for part in value["Fn::If"][1:] if part != {"Ref": "AWS::NoValue"})
     return "${%s}" % value["Ref"]
 
 
@@ -171,7 +184,7 @@ def object_patterns(stack, role, action):
     """(bucket, pattern of keys) of the objects on which a role may do this, for buckets by their parameter's name."""
     for granted_action, arns in granted(stack, role):
         for arn in arns if granted_action == action else []:
-            if found := re.search(r"\$\{(\w+)Bucket(?:\.Arn)?\}/(.+)$", arn):
+            if found := re.search(r"\$\{(\w+)Bucket(?:\.Arn|Parameter\.Value)?\}/(.+)$", arn):
                 yield found.groups()
 
 
@@ -207,7 +220,7 @@ def test_cfn_lint_looks_at_everything_but_the_local_code():
 def written_parameters():
     """Names of SSM parameters that templates and functions write, as patterns."""
     names = [resolved(r["Properties"]["Name"]) for _, _, r in everywhere("AWS::SSM::Parameter")]
-    for source in (ROOT / "functions").glob("*.rs"):
+    for source in (ROOT / "functions").rglob("*.rs"):
         code = re.sub(r"//.*|#\[cfg\(test\)\][\s\S]*", "", source.read_text())
         if ".put_parameter()" in code:
             names += re.findall(r'"(/hail/[^"]+)"', code)
@@ -230,7 +243,9 @@ def test_every_parameter_that_is_read_is_written():
 
 def test_a_function_may_write_the_parameters_that_it_writes():
     arns = [arn for action, arns in granted("hail-ami", "BuildAmiRole") if action == "ssm:PutParameter" for arn in arns]
-    for literal in re.findall(r'"(/hail/[^"]+)"', read("functions/build_ami.rs")):
+    literals = re.findall(r'"(/hail/[^"]+)"', source_of("build-ami"))
+    assert len(literals) >= 2
+    for literal in literals:
         assert any(arn.endswith(":parameter/hail/ami/*") and literal.startswith("/hail/ami/") for arn in arns), literal
 
 
@@ -262,7 +277,7 @@ def test_packer_names_what_it_makes_as_its_policy_asks():
 
 def test_the_build_gets_the_variables_that_it_asks_for():
     project = resources("hail-ami")["BuildProject"]["Properties"]["Environment"]["EnvironmentVariables"]
-    given = {variable["Name"] for variable in project}
+    given = {value for mapping in walk(project) for key, value in mapping.items() if key == "Name"}
     buildspec = yaml.safe_load(read("packer/buildspec.yml"))["env"]
     asked = re.search(r"for name in ([A-Z_ ]+); do", read("packer/codebuild/variables.sh"))[1].split()
     assert {"HAIL_VERSION", "VEP_VERSION", "SUBNET_ID"} <= set(asked)
@@ -270,8 +285,8 @@ def test_the_build_gets_the_variables_that_it_asks_for():
     assert given <= set(asked) | buildspec["variables"].keys() | {"HAIL_BUCKET", "OPEN_DATA_BUCKET"}
     assert {"AMI_ID", "AMI_NAME"} <= set(buildspec["exported-variables"])
     # What build-ami overrides.
-    overridden = set(re.findall(r'"([A-Z]+_[A-Z_]+)"', read("functions/build_ami.rs"))) - {"AMI_ID"}
-    assert "HAIL_VERSION" in overridden and overridden <= given | buildspec["variables"].keys() | {"IN_PROGRESS"}
+    overridden = set(re.findall(r'\("([A-Z]+_[A-Z_]+)", ', read("functions/build_ami.rs")))
+    assert {"HAIL_VERSION", "KMS_KEY_ID", "REBUILD_TOKEN"} <= overridden <= given
 
 
 def test_the_cluster_finds_hail_where_the_image_has_it():
@@ -297,22 +312,28 @@ def test_every_function_has_a_binary_and_every_binary_a_function():
     binaries = sorted(path.stem for path in (ROOT / "functions/bin").glob("*.rs"))
     in_cargo = sorted(re.findall(r'\[\[bin\]\]\s*name = "([^"]+)"', read("Cargo.toml")))
     assert sorted(in_templates) == binaries == in_cargo
-    assert len(binaries) == 4
+    assert len(binaries) == 5
 
 
 def calls(binary):
     """The IAM actions of the SDK calls in a function's source."""
-    names = [binary.replace("-", "_")]
-    if "SCHEDULE_GROUP" in text(next(s for s, _, f in everywhere("AWS::Lambda::Function") if binary_of(f) == binary)):
-        names.append("deferred")
+    code = source_of(binary)
+    function = next(f for _, _, f in everywhere("AWS::Lambda::Function") if binary_of(f) == binary)
+    if "Environment" in function["Properties"]:
+        code += read("functions/deferred.rs")
     found = set()
-    for name in names:
-        code = re.sub(r"//.*", "", read(f"functions/{name}.rs"))
-        for client, method in re.findall(r"\bself\s*\.(\w+)\s*\.(\w+)\(\)", code):
-            if client in SERVICES:
-                action = f"{SERVICES[client]}:{''.join(word.title() for word in method.split('_'))}"
-                found.add(ACTIONS.get(action, action))
+    for client, method in re.findall(r"\bself\s*\.(\w+)\s*\.(\w+)\(\)", re.sub(r"//.*", "", code)):
+        if client in SERVICES:
+            action = f"{SERVICES[client]}:{''.join(word.title() for word in method.split('_'))}"
+            found.add(ACTIONS.get(action, action))
     return found
+
+
+def source_of(binary):
+    """A function's own modules."""
+    name = binary.replace("-", "_")
+    own = [ROOT / f"functions/{name}.rs", *sorted((ROOT / "functions" / name).glob("*.rs"))]
+    return "".join(path.read_text() for path in own)
 
 
 @pytest.mark.parametrize(("stack", "name", "function"), everywhere("AWS::Lambda::Function"))
@@ -348,12 +369,14 @@ def test_every_log_group_is_used_and_goes_with_its_stack():
 
 
 def test_functions_are_told_what_they_read():
-    read_names = set(re.findall(r'env::var\("([A-Z_]+)"\)', read("functions/deferred.rs")))
+    variable = re.compile(r'env::var\("([A-Z_]+)"\)')
+    read_names = set(variable.findall(read("functions/deferred.rs")))
     assert read_names == {"SCHEDULE_GROUP", "SCHEDULE_ROLE_ARN"}
     for stack, name, function in everywhere("AWS::Lambda::Function"):
         defers = binary_of(function) != "seed-buckets"
         given = function["Properties"].get("Environment", {"Variables": {}})["Variables"]
-        assert set(given) == (read_names if defers else set()), name
+        own = set(variable.findall(source_of(binary_of(function)))) - {"LAMBDA_TASK_ROOT"}
+        assert set(given) == own | (read_names if defers else set()), name
         if defers:
             group, role = given["SCHEDULE_GROUP"]["Ref"], given["SCHEDULE_ROLE_ARN"]["Fn::GetAtt"][0]
             assert resources(stack)[group]["Type"] == "AWS::Scheduler::ScheduleGroup"
@@ -385,8 +408,9 @@ def test_a_custom_resource_has_a_limit_and_all_that_its_function_needs(stack, na
     }
     before = needs(stack, name)
     assert users <= before, f"{name} may be made before, or deleted after, {users - before}"
-    buckets = {r["Properties"]["Bucket"]["Ref"]: n for n, r in resources(stack, "AWS::S3::BucketPolicy").items()}
-    assert {policy for bucket, policy in buckets.items() if bucket in references(properties)} <= before
+    # AWS: whatever depends on a resource that its condition keeps from being made is not made either.
+    conditional = [n for n in listed(resource.get("DependsOn", [])) if "Condition" in resources(stack)[n]]
+    assert conditional == []
 
 
 def test_the_waits_for_the_ami_are_a_chain():
@@ -402,9 +426,38 @@ def test_the_waits_for_the_ami_are_a_chain():
     assert 55 * (1 + len(waits)) > timeout, "the build may last longer than it is waited for"
 
 
+def test_the_removal_of_the_buckets_is_a_chain_that_comes_after_what_uses_them():
+    chain = resources("hail-s3", "Custom::BucketRemoval")
+    earlier = "RemoveBucketsSchedulePolicy"
+    for number, (name, removal) in enumerate(chain.items()):
+        properties = removal["Properties"]
+        assert removal["DependsOn"] == earlier and "Condition" not in removal
+        assert properties["ServiceTimeout"] == 3600
+        assert properties.get("LastWait") == ("true" if number == 0 else None), "the first made is the last deleted"
+        assert properties["Buckets"] == chain["BucketRemoval"]["Properties"]["Buckets"]
+        earlier = name
+    assert resources("hail-s3")["Seeds"]["DependsOn"] == earlier
+
+
+def test_buckets_are_removed_only_where_a_person_asked_for_it():
+    template, role = TEMPLATES["hail-s3"], resources("hail-s3")["RemoveBucketsRole"]
+    assert template["Parameters"]["RemoveBuckets"]["Default"] == "false"
+    removed = resources("hail-s3")["BucketRemoval"]["Properties"]["Buckets"]
+    for name, bucket in zip(("Hail", "Log", "Notebook"), removed, strict=True):
+        both = [{"Condition": "RemovesBuckets"}, {"Condition": f"Creates{name}Bucket"}]
+        assert template["Conditions"][f"Removes{name}Bucket"] == {"Fn::And": both}
+        assert bucket == {"Fn::If": [f"Removes{name}Bucket", {"Ref": f"{name}Bucket"}, {"Ref": "AWS::NoValue"}]}
+    (guarded,) = [policy["Fn::If"] for policy in role["Properties"]["Policies"] if "Fn::If" in policy]
+    assert guarded[0] == "RemovesBuckets" and guarded[2] == {"Ref": "AWS::NoValue"}
+    always = [policy for policy in role["Properties"]["Policies"] if "Fn::If" not in policy]
+    assert not [a for s in walk(always) if "Action" in s for a in listed(s["Action"]) if a.startswith("s3:")]
+    for arn in (arn for _, arns in granted("hail-s3", "RemoveBucketsRole") for arn in arns if "Bucket.Arn" in arn):
+        assert re.fullmatch(r"\$\{(Hail|Log|Notebook)Bucket\.Arn\}(/\*)?", arn)
+
+
 def test_an_event_reaches_its_function():
     rules = everywhere("AWS::Events::Rule")
-    assert len(rules) == 3
+    assert len(rules) == 5
     for stack, name, rule in rules:
         target = rule["Properties"]["Targets"][0]["Arn"]["Fn::GetAtt"]
         permissions = [
@@ -414,6 +467,8 @@ def test_an_event_reaches_its_function():
         ]
         assert [p["FunctionName"] for p in permissions] == [{"Ref": target[0]}]
         assert permissions[0]["Principal"] == "events.amazonaws.com"
+        if "ScheduleExpression" in rule["Properties"]:
+            continue
         pattern = rule["Properties"]["EventPattern"]
         assert {"source", "detail-type", "detail"} == pattern.keys()
         assert any(True for _ in references(pattern["detail"])), f"{name} hears of other stacks' things too"
@@ -440,6 +495,22 @@ def test_a_person_controls_their_own_folder_and_reads_the_shared_ones():
     folders = SHARED_FOLDERS | {"${NotebookInstanceName}"}
     assert prefixes == folders | {f"{folder}/*" for folder in folders}
     assert not {action for action, _ in granted("hail-jupyter", role) if action.startswith("s3:") and "*" in action}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_whoever_reaches_what_is_in_a_bucket_may_use_the_key_that_encrypts_it(stack):
+    roles = {
+        name: {action for action in ("s3:GetObject", "s3:PutObject") if set(object_patterns(stack, name, action))}
+        for name in resources(stack, "AWS::IAM::Role")
+    }
+    assert any(roles.values())
+    needed = {"s3:GetObject": "kms:Decrypt", "s3:PutObject": "kms:GenerateDataKey"}
+    has_key = "HasKmsKey" if stack == "hail-s3" else "HasBucketKmsKey"
+    for name, actions in roles.items():
+        conditional = [mapping["Fn::If"] for mapping in walk(resources(stack)[name]) if "Fn::If" in mapping]
+        keys = [then for condition, then, _ in conditional if condition == has_key and "Action" in then]
+        may = {action for statement in keys for action in listed(statement["Action"])}
+        assert may == {needed[action] for action in actions}, name
 
 
 def test_nobody_has_the_name_of_a_shared_folder():
@@ -495,7 +566,9 @@ def test_the_digest_changes_with_names_contents_and_modes(tmp_path):
 
 def test_a_cluster_has_a_release_that_an_ami_can_be_built_for():
     releases = json.loads((ROOT / "packer" / "compatibility.json").read_text())["emr_releases"]
-    assert TEMPLATES["hail-emr"]["Parameters"]["EmrReleaseLabel"]["AllowedValues"] == list(releases)
+    label = TEMPLATES["hail-emr"]["Parameters"]["EmrReleaseLabel"]
+    assert [release for release in releases if not accepted(label, release)] == []
+    assert label["Default"] == TEMPLATES["hail-ami"]["Parameters"]["EmrReleaseLabel"]["Default"]
 
 
 def test_the_digest_of_the_start_script_is_that_of_the_script():
@@ -525,14 +598,18 @@ def test_buckets_keep_what_they_hold_to_themselves():
         assert set(properties["PublicAccessBlockConfiguration"].values()) == {True}
         assert properties["OwnershipControls"]["Rules"] == [{"ObjectOwnership": "BucketOwnerEnforced"}]
         assert properties["VersioningConfiguration"] == {"Status": "Enabled"}
-        encryption = properties["BucketEncryption"]["ServerSideEncryptionConfiguration"][0]
-        assert encryption["ServerSideEncryptionByDefault"]["SSEAlgorithm"] == "AES256"
+        condition, with_key, without = properties["BucketEncryption"]["ServerSideEncryptionConfiguration"][0]["Fn::If"]
+        assert condition == "HasKmsKey" and with_key["BucketKeyEnabled"] is True
+        kms = {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": {"Ref": "KmsKeyArn"}}
+        assert with_key["ServerSideEncryptionByDefault"] == kms
+        assert without == {"ServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}
         rules = properties["LifecycleConfiguration"]["Rules"]
         assert {rule["Status"] for rule in rules} == {"Enabled"}
         keys = set().union(*rules)
         assert {"NoncurrentVersionExpiration", "AbortIncompleteMultipartUpload"} <= keys
         assert ("ExpirationInDays" in keys) == (name == "LogBucket"), "only logs may be deleted for their age"
         policy = resources(stack)[f"{name}Policy"]
+        assert policy["Condition"] == bucket["Condition"] == f"Creates{name}"
         assert policy["DeletionPolicy"] == policy["UpdateReplacePolicy"] == "Retain"
         assert policy["Properties"]["Bucket"] == {"Ref": name}
         statement = policy["Properties"]["PolicyDocument"]["Statement"][0]
@@ -591,7 +668,7 @@ def test_a_role_is_passed_to_one_service_only():
                 assert listed(statement["Action"]) == ["iam:PassRole"], name
                 assert statement["Condition"]["StringEquals"]["iam:PassedToService"].endswith(".amazonaws.com")
                 assert "*" not in resolved(statement["Resource"])
-    assert found == 6
+    assert found == 7
 
 
 def test_names_are_left_to_cloudformation():
@@ -693,12 +770,25 @@ def accepted(parameter, value):
             ["aperry", "a", "a-1"],
             ["", "A", "-a", "a-", "a_b", "a/b", "a*", "a" * 64],
         ),
+        (
+            "hail-s3",
+            "KmsKeyArn",
+            ["", f"{KEY}/1234abcd-12ab-34cd-56ef-1234567890ab", f"{KEY}/mrk-0123", KEY.replace("aws", "aws-cn") + "/1"],
+            ["1234abcd", "alias/hail", KEY.replace("key", "alias") + "/hail", KEY],
+        ),
+        ("hail-s3", "OldVersionDays", [1, 3650], [0, 3651]),
+        ("hail-s3", "EmrLogDays", [1, 3650], [0, 3651]),
         ("hail-jupyter", "InstanceType", ["ml.t3.medium"], ["t3.medium", "ml.t3"]),
         ("hail-jupyter", "VolumeSizeGiB", [5, 16384], [4, 16385]),
         ("hail-jupyter", "SecurityGroupId", ["", "sg-0123456789abcdef0"], ["sg", "default"]),
-        ("hail-ami", "HailVersion", ["0.2.139"], ["", "0.2", "latest", "v0.2.139", "0.2.139-x"]),
+        ("hail-ami", "HailVersion", ["0.2.139", "main", "feature/x_y-1.2", "a" * 40], ["", "-x", "a b", "x;y", "a" * 101]),
         ("hail-ami", "VepVersion", ["none", "99", "115"], ["", "v115", "latest", "None", "1.5", "0"]),
         ("hail-ami", "EmrReleaseLabel", ["emr-7.13.0"], ["7.13.0", "emr-7.13", ""]),
+        ("hail-ami", "AmisToKeep", [0, 2, 1000], [-1, 1001]),
+        ("hail-ami", "FailureEmail", ["", "ada@example.org"], ["ada", "a b@c", "@"]),
+        ("hail-ami", "RebuildSchedule", ["", "rate(30 days)", "cron(0 3 1 * ? *)"], ["monthly", "rate()", "at(2030)"]),
+        ("hail-ami", "KmsKeyArn", ["", "arn:aws:kms:eu-west-1:123456789012:key/1-a"], ["alias/hail", "1234-abcd"]),
+        ("hail-emr", "EmrReleaseLabel", ["emr-7.13.0", "emr-7.0.1"], ["emr-6.15.0", "7.13.0", "emr-spark-8.1.0"]),
         ("hail-ami", "AmiName", ["hail", "hail-0.2"], ["", "hail ami", "-hail", "hail/1", "h" * 65]),
         ("hail-emr", "CoreInstanceCount", [1, 1000], [0, 1001]),
         ("hail-emr", "CoreVolumeSizeGiB", [10, 16384], [9, 16385]),
@@ -763,10 +853,31 @@ def test_two_buckets_cannot_have_one_name(pair):
     assert refused("hail-s3") == []
 
 
+@pytest.mark.parametrize("bucket", ["Hail", "Log", "Notebook"])
+def test_a_bucket_to_use_has_to_be_named(bucket):
+    existing = {f"Create{bucket}Bucket": "false"}
+    assert refused("hail-s3", **existing) == ["BucketToUseIsNamed"]
+    assert refused("hail-s3", **existing, **{f"{bucket}BucketName": "there-before"}) == []
+
+
+def test_buckets_that_were_there_before_are_not_removed():
+    buckets = ("Hail", "Log", "Notebook")
+    existing = {f"Create{bucket}Bucket": "false" for bucket in buckets}
+    existing |= {f"{bucket}BucketName": bucket.lower() for bucket in buckets}
+    assert refused("hail-s3", **existing, RemoveBuckets="true") == ["BucketToRemoveIsTheStacks"]
+    assert refused("hail-s3", **existing) == []
+    assert refused("hail-s3", **existing | {"CreateLogBucket": "true"}, RemoveBuckets="true") == []
+
+
 @pytest.mark.parametrize("stack", [stack for stack in STACKS if "SubnetId" in TEMPLATES[stack]["Parameters"]])
 def test_a_subnet_has_to_be_in_the_vpc(stack):
     assert refused(stack, VpcId="v", SubnetId="s of w") == ["SubnetInVpc"]
     assert refused(stack, VpcId="v", SubnetId="s of v") == []
+
+
+def test_an_update_that_fails_has_an_ami_to_go_back_to():
+    assert refused("hail-ami", AmisToKeep="1") == ["WayBack"]
+    assert refused("hail-ami", AmisToKeep="0") == refused("hail-ami", AmisToKeep="2") == []
 
 
 def test_three_stacks_are_in_a_network():

@@ -10,6 +10,6 @@ manifest = json.load(open(sys.argv[1]))
 artifacts = [b["artifact_id"] for b in manifest["builds"] if b["packer_run_uuid"] == manifest["last_run_uuid"]]
 amis = [a.split(":")[1] for a in artifacts if ":ami-" in a]
 if len(amis) != 1:
-    sys.exit(f"{sys.argv[1]} names {len(amis)} AMIs of the last run and should name one.")
+    sys.exit(f"hail-ami error: {sys.argv[1]} names {len(amis)} AMIs of the last run and should name one.")
 print(amis[0])
 PYTHON

@@ -5,23 +5,20 @@
 
 prefix="${PREFIX:-/usr/local}"
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 cd "$work"
 
-build() { # name version sha256 configure-options...
-  local name=$1 version=$2 sha256=$3
-  shift 3
-  fetch "https://github.com/samtools/$name/releases/download/$version/$name-$version.tar.bz2" "$sha256" "$name.tar.bz2"
-  tar -xjf "$name.tar.bz2"
-  (
-    cd "$name-$version"
-    ./configure --prefix="$prefix" "$@"
-    make -j "$(nproc)"
+compile() { # folder configure-options...
+  cd "$1" &&
+    ./configure --prefix="$prefix" "${@:2}" &&
+    make -j "$(nproc)" &&
     make install
-  ) >"$name.log" 2>&1 || {
-    tail -n 50 "$name.log" >&2
-    fail "$name $version cannot be built."
-  }
+}
+
+build() { # name version sha256 configure-options...
+  local name=$1 version=$2
+  fetch "https://github.com/samtools/$name/releases/download/$version/$name-$version.tar.bz2" "$3" "$name.tar.bz2"
+  tar -xjf "$name.tar.bz2"
+  logged "$name.log" compile "$name-$version" "${@:4}" || fail "$name $version cannot be built."
 }
 
 build htslib "$HTSLIB_VERSION" "$HTSLIB_SHA256"

@@ -3,10 +3,12 @@
 - A stack operation is answered when the stack has settled (or after SETTLE seconds), so that the waiters of the CLI,
   which ask every 30 seconds, end at once. Other connections are served meanwhile.
 - A stack whose creation was rolled back can only be deleted.
+- What a resource depends on that could not be deleted is kept with it, until the stack is deleted again.
 - Custom resources are asked as AWS asks: the request also has ServiceToken at the top, the function is invoked
   asynchronously (an error is retried twice), and the answer is checked. A Create that failed is followed by a Delete
   of the physical id that it answered. Every request and its answers are written down (POST /_hail/answers).
 - The pre-signed URL refuses what S3 would: a Content-Type, and a body in chunks without a length.
+- DescribeStacks tells a parameter of the Parameter Store from what stands there.
 - Parameters of AWS::EC2 types, also through the Parameter Store, must name something that exists.
 - A property that is not applied here is refused (PROPERTIES), and so is a function in Conditions that is not known.
 """
@@ -17,6 +19,7 @@ import secrets
 import threading
 import time
 from urllib.parse import parse_qs, quote
+from xml.etree import ElementTree
 
 from ministack import app
 from ministack.core.responses import get_region, new_uuid, now_iso
@@ -31,7 +34,7 @@ from ministack.services.cloudformation import (
     stacks,
 )
 
-from . import codebuild, emr, sagemaker
+from . import codebuild, emr, sagemaker, sns
 from .ec2 import TYPES as SECURITY_GROUP_TYPES
 from .ec2 import image_exists
 from .seams import replace
@@ -64,6 +67,7 @@ PROPERTIES = {
     "AWS::Scheduler::ScheduleGroup": "Name Tags",
     **SECURITY_GROUP_TYPES,
     **sagemaker.TYPES,
+    **sns.TYPES,
 }
 # These wait, or let their function make requests, and so may not run in the server's event loop.
 WAITING = {"AWS::EMR::Cluster", sagemaker.NOTEBOOK}
@@ -74,6 +78,8 @@ stock_evaluate_conditions = engine._evaluate_conditions
 stock_validate = engine.validate_template_support
 stock_worker_thread = stacks._runs_on_worker_thread
 stock_roll_back = stacks._roll_back_operation
+stock_delete_resource = stacks._delete_resource
+stock_delete_stack = stacks._delete_stack_async
 
 
 def install():
@@ -85,8 +91,10 @@ def install():
         stacks,
         _runs_on_worker_thread=lambda resource: resource in WAITING or stock_worker_thread(resource),
         _roll_back_operation=roll_back,
+        _delete_resource=delete_resource,
         _evaluate_conditions=evaluate_conditions,
     )
+    replace(handlers, _delete_stack_async=delete_stack)
     for module in (changesets, handlers):
         replace(
             module,
@@ -105,6 +113,8 @@ async def handle_request(method, path, headers, body, query):
         said = f"Stack:{stack['StackId']} is in {stack['StackStatus']} state and can not be updated."
         return helpers._error("ValidationError", said)
     answer = await stock_handle(method, path, headers, body, query)
+    if answer[0] == 200 and action == "DescribeStacks":
+        answer = (*answer[:2], with_resolved_values(answer[2]))
     if answer[0] == 200 and action in OPERATIONS:
         stack = stack_of(asked)
         until = time.monotonic() + SETTLE
@@ -112,6 +122,23 @@ async def handle_request(method, path, headers, body, query):
         while stack and stack["StackStatus"].endswith("_IN_PROGRESS") and time.monotonic() < until:
             await asyncio.sleep(0.02)
     return answer
+
+
+def with_resolved_values(body):
+    """MiniStack shows what stood in the Parameter Store as the value of a parameter; AWS shows the name and that."""
+    root = ElementTree.fromstring(body)
+    ElementTree.register_namespace("", root.tag[1:].partition("}")[0])
+    name = "{%s}" % root.tag[1:].partition("}")[0]
+    for stack in root.iter(f"{name}Stacks"):
+        for member in stack:
+            resolved = cloudformation._stacks[member.find(f"{name}StackName").text].get("_resolved_params", {})
+            for parameter in member.iter(f"{name}member"):
+                key = parameter.find(f"{name}ParameterKey")
+                if key is not None and (named := (resolved.get(key.text) or {}).get("SsmName")):
+                    value = parameter.find(f"{name}ParameterValue")
+                    ElementTree.SubElement(parameter, f"{name}ResolvedValue").text = value.text
+                    value.text = named
+    return ElementTree.tostring(root)
 
 
 def stack_of(asked):
@@ -312,3 +339,24 @@ async def roll_back(stack_name, stack_id, stack, operation, *arguments, **option
     if stack["_resources"].get(failed, {}).get("ResourceStatus") == "CREATE_FAILED":
         operation["created"].append(failed)
     await stock_roll_back(stack_name, stack_id, stack, operation, *arguments, **options)
+
+
+# Deletion
+
+
+def delete_resource(kind, physical_id, props, stack_name, logical_id=None):
+    try:
+        stock_delete_resource(kind, physical_id, props, stack_name, logical_id)
+    except Exception:
+        stack = cloudformation._stacks[stack_name]
+        if stack["StackStatus"] == "DELETE_IN_PROGRESS":
+            there, defined = stack["_resources"], stack["_template"]["Resources"]
+            needed = stacks._with_dependencies([logical_id], defined, set(there)) - {logical_id}
+            stack.setdefault("_kept", {}).update({name: there.pop(name) for name in needed & there.keys()})
+        raise
+
+
+async def delete_stack(stack_name, *arguments, **options):
+    await stock_delete_stack(stack_name, *arguments, **options)
+    stack = cloudformation._stacks.get(stack_name, {})
+    stack.get("_resources", {}).update(stack.pop("_kept", {}))

@@ -1,10 +1,10 @@
 """What MiniStack's CodeBuild lacks: builds that take time, can fail, and are asked for what a real one needs.
 
 A build is simulated: no command of its buildspec runs. It is IN_PROGRESS for as long as the control API says and then
-ends as the control API says (simulation.DEFAULTS). One that succeeds registers an image in EC2, as the Packer build
-of this project does: named after the variable AMI_NAME and the build, tagged with every variable that the caller of
-StartBuild overrode (HAIL_VERSION becomes the tag hail-version); AMI_ID and AMI_NAME are exported, if the buildspec
-exports them.
+ends as the control API says (simulation.DEFAULTS), or when it is told to (`finish`). One that succeeds registers an
+image in EC2, as the Packer build of this project does: named after the variable AMI_NAME and the build, and tagged,
+with its snapshot, with the build, its project and what was asked for (HAIL_VERSION becomes the tag hail-version); the
+tags that only a real build knows are missing. AMI_ID and AMI_NAME are exported, if the buildspec exports them.
 
 Checked as AWS would: the service role may read the source from S3 and write the log; the zip is there, with the
 buildspec in it, which is YAML. What fails there fails the build in the phase in which AWS would find it.
@@ -20,13 +20,21 @@ buildspec in it, which is YAML. What fails there fails the build in the phase in
 
 import io
 import json
+import threading
 import time
 import uuid
 import zipfile
 
 import yaml
 from ministack import app
-from ministack.core.responses import error_response_json, get_account_id, get_region, json_response
+from ministack.core.responses import (
+    error_response_json,
+    get_account_id,
+    get_region,
+    json_response,
+    set_request_account_id,
+    set_request_region,
+)
 from ministack.services import cloudwatch_logs, codebuild, s3
 from ministack.services.cloudformation import provisioners
 
@@ -39,6 +47,8 @@ PROPERTIES = (
     "Artifacts Cache ConcurrentBuildLimit Description EncryptionKey Environment LogsConfig Name "
     "QueuedTimeoutInMinutes ServiceRole Source Tags TimeoutInMinutes VpcConfig"
 )
+# The variables that become tags of the image.
+TAGGED = ("HAIL_VERSION", "VEP_VERSION", "EMR_RELEASE_LABEL", "ARCHITECTURE", "R_KERNEL")
 PHASES = (
     "SUBMITTED QUEUED PROVISIONING DOWNLOAD_SOURCE INSTALL PRE_BUILD BUILD POST_BUILD UPLOAD_ARTIFACTS FINALIZING"
 ).split()
@@ -48,6 +58,7 @@ stock_update_project = codebuild._update_project
 
 # What was asked with each idempotency token, and the build that it started.
 started = {}
+starting = threading.Lock()
 
 
 def install():
@@ -126,6 +137,11 @@ def project(name, props):
 
 
 def start_build(data):
+    with starting:
+        return start(data)
+
+
+def start(data):
     project = codebuild._projects.get(data["projectName"])
     if project is None:
         return error_response_json("ResourceNotFoundException", f"Project cannot be found: {data['projectName']}")
@@ -154,7 +170,7 @@ def start_build(data):
     if failure := source_failure(project, build):
         later(0.2, end_build, build, "FAILED", *failure)
     elif plan["outcome"] == "SUCCEEDED":
-        later(plan["seconds"], succeed, build, data.get("environmentVariablesOverride", []))
+        later(plan["seconds"], succeed, build)
     else:
         reason = f"COMMAND_EXECUTION_ERROR: Error while executing the commands of phase {plan['phase']}"
         later(plan["seconds"], end_build, build, plan["outcome"], plan["phase"], reason)
@@ -240,12 +256,27 @@ def source_failure(project, build):
     build["currentPhase"] = "BUILD"
 
 
-def succeed(build, overrides):
+def finish():
+    """Ends all running builds now, as they would end later; returns their ids."""
+    running = [(key, build) for key, build in codebuild._builds._data.items() if not build["buildComplete"]]
+    for (account, region, _), build in running:
+        set_request_account_id(account)
+        set_request_region(region)
+        plan = settings["builds"]
+        if plan["outcome"] == "SUCCEEDED":
+            succeed(build)
+        else:
+            end_build(build, plan["outcome"], plan["phase"], "COMMAND_EXECUTION_ERROR: Error while executing a command")
+    return [build["id"] for _, build in running]
+
+
+def succeed(build):
     if build["buildStatus"] != "IN_PROGRESS":
         return
     variables = {v["name"]: v["value"] for v in build["environment"]["environmentVariables"]}
     name = f"{variables.get('AMI_NAME', build['projectName'])}-{build['id'][-8:]}"
-    tags = {v["name"].lower().replace("_", "-"): v["value"] for v in overrides if v["name"] != "AMI_NAME"}
+    tags = {name.lower().replace("_", "-"): variables[name] for name in TAGGED if name in variables}
+    tags |= {"build-id": build["id"], "build-project": build["projectName"]}
     log(build, f"==> Builds finished. The artifacts of successful builds are: {name}")
     try:
         image = register_image(name, {"Name": name, **tags})

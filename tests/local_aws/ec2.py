@@ -2,15 +2,22 @@
 
 - AWS::EC2::SecurityGroupIngress and AWS::EC2::SecurityGroupEgress. Every property but Description replaces the rule.
 - A security group that another one's rules name cannot be deleted.
-- DescribeImages says when an image was created.
+- DescribeImages says when an image was created, and DescribeKeyPairs looks at the tags that are asked for.
+- DeregisterImage deletes the snapshots too, if it is asked to, each that the caller may delete.
 """
 
 import re
+from datetime import UTC, datetime
+from urllib.parse import parse_qs
 
-from ministack.core.responses import new_uuid
+from ministack import app
+from ministack.core.iam_evaluator import enforce
+from ministack.core.responses import get_region, new_uuid
+from ministack.core.router import extract_access_key_id
 from ministack.services import ec2
 from ministack.services.cloudformation import provisioners
 
+from . import instances
 from .seams import replace
 
 TYPES = {
@@ -27,7 +34,37 @@ def install():
         provisioners._RESOURCE_HANDLERS[resource] = rule_handler(rules)
         provisioners._REPLACING_PROPERTIES[resource] = tuple(set(TYPES[resource].split()) - {"Description"})
     replace(provisioners._RESOURCE_HANDLERS["AWS::EC2::SecurityGroup"], delete=delete_group)
-    replace(ec2._ACTION_MAP, DeleteSecurityGroup=delete_security_group, DescribeImages=describe_images)
+    replace(
+        ec2._ACTION_MAP,
+        DeleteSecurityGroup=delete_security_group,
+        DescribeImages=describe_images,
+        DescribeKeyPairs=describe_key_pairs,
+    )
+    stock = app.SERVICE_HANDLERS["ec2"]
+
+    async def handle_request(method, path, headers, body, query):
+        asked = {**query, **parse_qs(body.decode())}
+        image_id = asked.get("ImageId", [""])[0]
+        if asked.get("Action") != ["DeregisterImage"] or image_id not in ec2._images:
+            return await stock(method, path, headers, body, query)
+        snapshots = instances.snapshots_of(image_id)
+        answer = await stock(method, path, headers, body, query)
+        if answer[0] != 200 or asked.get("DeleteAssociatedSnapshots") != ["true"]:
+            return answer
+        results = ""
+        for snapshot in snapshots:
+            arn = f"arn:aws:ec2:{get_region()}::snapshot/{snapshot}"
+            tags = {f"aws:resourcetag/{tag['Key']}".lower(): tag["Value"] for tag in ec2._tags.get(snapshot, [])}
+            key = extract_access_key_id(headers, query)
+            denied = enforce(key, "ec2:DeleteSnapshot", "ec2", get_region(), resource_arn=arn, service_context=tags)
+            if not denied:
+                ec2._delete_snapshot({"SnapshotId": [snapshot]})
+            code = "missing-permissions" if denied else "success"
+            results += f"<item><snapshotId>{snapshot}</snapshotId><returnCode>{code}</returnCode></item>"
+        shown = f"<return>true</return><deleteSnapshotResultSet>{results}</deleteSnapshotResultSet>"
+        return ec2._xml(200, "DeregisterImageResponse", shown)
+
+    replace(app.SERVICE_HANDLERS, ec2=handle_request)
 
 
 def rule_handler(rules):
@@ -81,6 +118,20 @@ def delete_security_group(query):
     return ec2._delete_security_group(query)
 
 
+def describe_key_pairs(query):
+    filters = ec2._parse_filters(query)
+    asked = ec2._parse_member_list(query, "KeyName") or list(ec2._key_pairs)
+    found = [
+        name
+        for name in asked
+        if name not in ec2._key_pairs
+        or ec2._resource_matches_tag_filters(ec2._key_pairs[name]["KeyPairId"], filters)
+    ]
+    if not found:
+        return ec2._xml(200, "DescribeKeyPairsResponse", "<keySet></keySet>")
+    return ec2._describe_key_pairs({f"KeyName.{number}": [name] for number, name in enumerate(found, 1)})
+
+
 def describe_images(query):
     status, headers, body = ec2._describe_images(query)
 
@@ -105,12 +156,13 @@ def register_image(name, tags):
             "Architecture": ["x86_64"],
             "RootDeviceName": ["/dev/xvda"],
             "VirtualizationType": ["hvm"],
-            "BlockDeviceMapping.1.DeviceName": ["/dev/xvda"],
-            "BlockDeviceMapping.1.Ebs.VolumeSize": ["20"],
         }
     )
     found = re.search(r"<imageId>(.*?)</imageId>", body.decode() if isinstance(body, bytes) else body)
     if not found:
         raise ValueError(f"registering the image {name}: {body!r}")
     ec2._tags[found[1]] = [{"Key": key, "Value": value} for key, value in tags.items()]
+    instances.take_snapshot(found[1], 15, ec2._tags[found[1]])
+    # Two builds within a second have an order too.
+    ec2._images[found[1]]["CreationDate"] = datetime.now(UTC).isoformat(timespec="milliseconds")[:23] + "Z"
     return found[1]

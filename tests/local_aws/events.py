@@ -5,10 +5,13 @@
 - An event is an asynchronous invocation: a function that fails is tried again.
 - A target that is neither a function nor a build is refused, and so is a setting of a target that is not applied.
 - `send`, by which the simulated services send their events.
+- `tick` fires every enabled rule that has a schedule, so that a test need not wait for it.
 """
 
 import json
+import time
 
+from ministack.core.responses import set_request_account_id, set_request_region
 from ministack.services import eventbridge, lambda_svc
 from ministack.services.cloudformation import provisioners
 
@@ -34,6 +37,20 @@ def send(source, detail_type, detail, resources=()):
     event = {"Source": source, "DetailType": detail_type, "Detail": json.dumps(detail), "Resources": list(resources)}
     for _ in range(settings["events"]["copies"]):
         eventbridge._put_events({"Entries": [event]}, allow_aws_source=True)
+
+
+def tick():
+    """Fires every enabled rule with a schedule, of every account and region; returns their names."""
+    fired = []
+    for (account, region, key), rule in list(eventbridge._rules._data.items()):
+        if rule.get("ScheduleExpression") and rule["State"] == "ENABLED":
+            set_request_account_id(account)
+            set_request_region(region)
+            event = {"Source": "aws.events", "DetailType": "Scheduled Event", "Detail": "{}", "Time": time.time()}
+            for target in eventbridge._targets._data.get((account, region, key), []):
+                eventbridge._invoke_target(target, event, rule)
+            fired.append(key)
+    return fired
 
 
 def invoke_target(target, event, rule, view=None):

@@ -2,15 +2,17 @@
 
 from ministack import app
 
-from . import cloudformation, codebuild, ec2, emr, events, iam, lambda_functions, s3, sagemaker, scheduler, ssm
-from . import server, simulation
+from . import cloudformation, codebuild, ec2, emr, events, iam, instances, lambda_functions, s3, sagemaker, scheduler
+from . import holds, server, simulation, sns, ssm
 
-for service in (iam, s3, ec2, ssm, events, scheduler, lambda_functions, codebuild, emr, sagemaker, cloudformation):
+for service in (iam, s3, ec2, sns, ssm, events, scheduler, lambda_functions, codebuild, emr, sagemaker, cloudformation):
     service.install()
+instances.install()
 
 
 async def ministack(scope, receive, send):
     """The application; it sees every request as one over TLS, which the endpoints of AWS are."""
+    await holds.pass_by(scope)
     await app.app({**scope, "scheme": "https"} if scope["type"] == "http" else scope, receive, send)
 
 
@@ -19,6 +21,7 @@ custom_resource_response = cloudformation.response
 
 def reset():
     simulation.reset()
+    holds.release()
     cloudformation.requests.clear()
     events.refused.clear()
     return {}
@@ -35,5 +38,8 @@ CONTROLS = {
     "refused": lambda: events.refused,
     "reset": reset,
     "stop": stop,
-    "tick": scheduler.tick,
+    "finish": codebuild.finish,
+    "hold": holds.hold,
+    "release": holds.release,
+    "tick": lambda: scheduler.tick() + events.tick(),
 }

@@ -1,7 +1,8 @@
 """What MiniStack's IAM lacks.
 
 - The ARN that a policy must name, where MiniStack takes another or none: schedules (its group is always "default"),
-  builds, notebook instances, log streams. Without it, the policies of the functions could not be tried.
+  builds, instance profiles, notebook instances, log streams. Without it, the policies of the functions could not be
+  tried.
 - `trusts` and `allows`: what a role may be used for by a service that acts for it.
 - iam:PassRole, which the services check for the roles that they are handed.
 - AWS::IAM::InstanceProfile: Ref is its name, not its ARN; a role that does not exist is an error, not skipped.
@@ -48,6 +49,8 @@ def resource_arn(service, method, path, headers, body, query, region, account):
         return arn(f"schedule/{group}/{path.split('/')[2]}")
     if service == "codebuild" and (build := member("id") or (member("ids") or [None])[0]):
         return arn(f"project/{build.removeprefix(arn('build/')).split(':')[0]}")
+    if service == "codebuild" and (project := (member("names") or [None])[0]):
+        return arn(f"project/{project}")
     if service == "sagemaker":
         # SageMaker's ARNs are in lower case, whatever the case of the name.
         if name := member("NotebookInstanceName"):
@@ -59,6 +62,8 @@ def resource_arn(service, method, path, headers, body, query, region, account):
         if stream and not headers.get("x-amz-target", "").endswith("CreateLogStream"):
             return arn(f"log-group:{group}:log-stream:{stream}")
         return arn(f"log-group:{group}:*")
+    if service == "iam" and (profile := (query.get("InstanceProfileName") or [None])[0]):
+        return f"arn:aws:iam::{account}:instance-profile/{profile}"
     return stock_resource_arn(service, method, path, headers, body, query, region, account)
 
 

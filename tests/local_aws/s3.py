@@ -2,12 +2,16 @@
 
 - BucketEncryption, OwnershipControls, LifecycleConfiguration and Tags are applied; what these have no place for is
   refused. Lifecycle rules are kept and shown, but nothing expires.
+- Whoever puts an object into a bucket that a KMS key encrypts, or gets it, has to be allowed to use the key. (By IAM:
+  the key's policy is taken to leave it to that.)
 - A name that S3 would refuse is refused, and so is the deletion of a bucket that holds anything.
 """
 
 import re
+from urllib.parse import unquote
 from xml.sax.saxutils import escape
 
+from ministack.core import iam_actions
 from ministack.services import s3
 from ministack.services.cloudformation import provisioners
 
@@ -18,8 +22,32 @@ NAME = re.compile(r"(?!xn--|sthree-|amzn-s3-demo-|\d+\.\d+\.\d+\.\d+$)(?!.*\.\.)
 RESERVED_ENDS = ("-s3alias", "--ol-s3", ".mrap", "--x-s3", "--table-s3")
 
 
+# "Permissions" in "Using server-side encryption with AWS KMS keys" of the S3 user guide.
+KMS_ACTIONS = {
+    ("PUT", "PutObject"): "kms:GenerateDataKey",
+    ("POST", "PutObject"): "kms:GenerateDataKey",
+    ("GET", "GetObject"): "kms:Decrypt",
+    ("GET", "GetObjectVersion"): "kms:Decrypt",
+}
+
+stock_additional_checks = iam_actions.s3_additional_checks
+
+
 def install():
+    replace(iam_actions, s3_additional_checks=additional_checks)
     replace(provisioners._RESOURCE_HANDLERS["AWS::S3::Bucket"], create=create, update=update, delete=delete)
+
+
+def additional_checks(method, path, headers, body, query):
+    """(action, ARN) that a request needs besides the one that it is named after."""
+    checks = stock_additional_checks(method, path, headers, body, query)
+    action = KMS_ACTIONS.get((method, iam_actions._s3_action(method, path, query)))
+    _, bucket, name = f"{path}/".split("/", 2)
+    key = s3._bucket_default_sse_headers(bucket).get("x-amz-server-side-encryption-aws-kms-key-id")
+    # What is not there needs no key to be refused.
+    if method == "GET" and unquote(name.removesuffix("/")) not in s3._buckets.get(bucket, {}).get("objects", {}):
+        return checks
+    return [*checks, (action, key)] if action and key else checks
 
 
 def create(logical_id, props, stack_name):

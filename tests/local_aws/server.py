@@ -2,9 +2,12 @@
 
 The control API is for tests and for the demo. It takes and gives JSON, by POST (or GET, where nothing
 is to be said):
-  POST /_hail/builds, clusters, events, notebooks, steps   change how simulated things behave (simulation.DEFAULTS)
+  POST /_hail/builds, clusters, events, instances, notebooks, steps   change how simulated things behave (simulation.DEFAULTS)
   POST /_hail/reset     the default behaviour again, and the lists below emptied; nothing else is touched
-  POST /_hail/tick      fires every enabled schedule of EventBridge Scheduler now
+  POST /_hail/tick      fires every enabled schedule of EventBridge, and of EventBridge Scheduler, now
+  POST /_hail/finish    ends the running builds now
+  POST /_hail/hold      holds up requests for an operation before they are carried out; answers how many are held
+  POST /_hail/release   carries them out
   POST /_hail/answers   what custom resources were asked and answered, in order (cloudformation.py)
   POST /_hail/refused   what AWS would have dropped without a word: events and logs that a policy does not allow
   POST /_hail/stop      ends the server

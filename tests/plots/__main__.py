@@ -80,7 +80,7 @@ def notebook(hail):
             nbformat.write(read(one.stem), person.work / "common-notebooks" / one.name)
         user = ["--allow-root"] if os.getuid() == 0 else []
         print(f"JupyterLab starts; open common-notebooks/{EXAMPLE}.ipynb in it. Control-C ends everything and forgets what was done.")
-        # In a group of its own, so that Control-C reaches it after the sessions' own end has been prepared.
+        # In a group of its own, or Control-C would make it ask whether it should end.
         lab = subprocess.Popen(
             [sys.executable, "-m", "jupyter", "lab", *user, "--ip=127.0.0.1", f"--notebook-dir={person.work}"],
             env=os.environ | person.environment, start_new_session=True,
@@ -88,8 +88,11 @@ def notebook(hail):
         try:
             lab.wait()
         except KeyboardInterrupt:
-            os.killpg(lab.pid, signal.SIGTERM)
-            lab.wait()
+            pass
+        finally:
+            if lab.poll() is None:
+                lab.terminate()
+                lab.wait()
 
 
 def main():
@@ -108,5 +111,6 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     main()
