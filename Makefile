@@ -120,7 +120,7 @@ $(PLOTS)/installed: tests/plots/requirements.txt
 	touch $@
 
 $(HAIL)/installed: packer/requirements/hail-$(HAIL_VERSION).txt
-	@echo "Installing Spark and Hail takes two to three minutes and 1.3 GB."
+	@echo "Installing Spark and Hail takes two to three minutes and 1.8 GB."
 	rm -rf $(HAIL)
 	SOURCES=$(CURDIR)/packer PREFIX=$(HAIL) HAIL_VERSION=$(HAIL_VERSION) PYTHON_VERSION=3.11 bash packer/scripts/hail.sh > $(CACHE)/hail-install.log || { tail -n 20 $(CACHE)/hail-install.log; exit 1; }
 	touch $@
