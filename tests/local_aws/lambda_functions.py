@@ -184,13 +184,13 @@ def write_log(function, request_id, text, error, duration_ms, *, log_source=None
     arn = f"arn:aws:logs:{get_region()}:{get_account_id()}:log-group:{name}"
     stream = getattr(current, "stream", "unknown")
     group = cloudwatch_logs._log_groups.get(name)
-    if group is None and config["FunctionName"] not in lambda_svc._functions:
-        return  # the stack of both was deleted before the function's last words
     for action, resource in (
         ("logs:CreateLogStream", f"{arn}:*"),
         ("logs:PutLogEvents", f"{arn}:log-stream:{stream}"),
     ):
         if group is None or not iam.allows(config["Role"], action, resource):
+            if config["FunctionName"] not in lambda_svc._functions:
+                return  # the stack of all three was deleted before the function's last words
             lacks = action if group else "the log group, which does not exist"
             refused.append({"What": "log", "Of": config["FunctionName"], "Into": name, "Lacks": lacks})
             return
