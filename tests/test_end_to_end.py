@@ -66,7 +66,7 @@ def test_each_stack_says_in_its_outputs_what_it_made(system, outputs):
     notebook = outputs["hail-jupyter"]
     assert notebook["BackupFolder"] == f"s3://{outputs['hail-s3']['NotebookBucket']}/ada/"
     assert notebook["Refresh"] == "InService, restarted: false"
-    assert outputs["hail-s3"]["Seeding"] == "8 uploaded, 0 unchanged, 0 removed, left alone: nothing"
+    assert outputs["hail-s3"]["Seeding"] == "11 uploaded, 0 unchanged, 0 removed, left alone: nothing"
     assert re.fullmatch("ami-[0-9a-f]{17}", outputs["hail-ami"]["AmiId"])
     assert outputs["hail-ami"]["AmiName"].startswith("hail-")
     cluster = outputs["hail-emr"]
@@ -187,7 +187,7 @@ def test_an_update_brings_what_changed_and_leaves_alone_what_a_person_changed(ch
     assert {key: elsewhere.content(bucket, key) for key in elsewhere.objects(bucket)} == expected
     after = elsewhere.objects(hail)
     assert {key for key in before | after if before.get(key) != after.get(key)} == {k for k in after if "seeds/" in k}
-    seeding = f"2 uploaded, 5 unchanged, 1 removed, left alone: s3://{bucket}/{PERSONAL}"
+    seeding = f"2 uploaded, 8 unchanged, 1 removed, left alone: s3://{bucket}/{PERSONAL}"
     assert elsewhere.outputs("hail-s3")["Seeding"] == seeding
     assert elsewhere.outputs("hail-s3")["AssetsDigest"] in changed.read_text()
     assert elsewhere.parameters()["/hail/s3/assets"] == elsewhere.outputs("hail-s3")["NotebookDigest"]
@@ -218,7 +218,7 @@ def test_what_is_there_already_is_not_uploaded_again(system, outputs):
 
     before = versions()
     assert system.update("hail-s3", packaged=with_digest(system, "a" * 64)) == "UPDATE_COMPLETE"
-    assert system.outputs("hail-s3")["Seeding"] == "0 uploaded, 8 unchanged, 0 removed, left alone: nothing"
+    assert system.outputs("hail-s3")["Seeding"] == "0 uploaded, 11 unchanged, 0 removed, left alone: nothing"
     assert system.update("hail-s3") == "UPDATE_COMPLETE"
     assert versions() == before
 
