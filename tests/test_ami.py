@@ -143,8 +143,8 @@ def test_a_build_that_a_person_starts_is_published(cloudformation, system, ami):
     system.client("codebuild").start_build(projectName=ami["ProjectName"], environmentVariablesOverride=version)
     eventually(lambda: build_of(system, ami)["buildStatus"] == "SUCCEEDED")
     exported = {found["name"]: found["value"] for found in build_of(system, ami)["exportedEnvironmentVariables"]}
-    eventually(lambda: system.parameters().get("/hail/ami/latest") == exported["AMI_ID"])
-    assert system.parameters()[f"/hail/ami/{exported['AMI_NAME']}"] == exported["AMI_ID"]
+    eventually(lambda: system.parameters().get(f"/hail/ami/{exported['AMI_NAME']}") == exported["AMI_ID"])
+    assert system.parameters()["/hail/ami/latest"] == exported["AMI_ID"]
     tags = system.client("ec2").describe_images(ImageIds=[exported["AMI_ID"]])["Images"][0]["Tags"]
     assert {"Key": "hail-version", "Value": "0.2.131"} in tags
 

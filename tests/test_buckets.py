@@ -274,7 +274,7 @@ def test_buckets_that_were_there_before_are_seeded_and_otherwise_left_as_they_ar
     assert elsewhere.create("hail-s3", **parameters) == "CREATE_COMPLETE"
     outputs = elsewhere.outputs("hail-s3")
     assert [outputs[f"{which}Bucket"] for which in theirs] == list(theirs.values())
-    assert outputs["Seeding"].startswith("7 uploaded, ")
+    assert outputs["Seeding"].startswith("10 uploaded, ")
     assert outputs["Seeding"].endswith("left alone: s3://lab-notebooks/scripts/ssm")
     stored = elsewhere.parameters("/hail/s3")
     assert [stored[f"/hail/s3/{name}"] for name in ("hail", "emrlogs", "sagemaker")] == list(theirs.values())
